@@ -1,0 +1,326 @@
+"""Synchronous agreement: one update from all replicas' gradients, as one big batch would make it.
+
+The hops of a step, numbered as in `samestep.core`:
+
+    [4] meet     every worker tells its losses, counts and used parameters; all gradients are published
+    [5] reduce   owners add the nodes of their units along the tree
+    [6] clip     norms in float64 per tensor, added in parameter order; one factor for all (only if asked for)
+    [7] update   owners run the optimizer in place
+    [8] commit   all see the new weights
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from samestep.core import wire
+from samestep.core.calls import Calls
+from samestep.core.clock import Clock
+from samestep.core.fold import Absent
+from samestep.core.group import Group
+from samestep.core.layout import GRANULE
+from samestep.core.model import Model, Trained
+from samestep.core.randomness import seed_transform
+from samestep.errors import MismatchError, NonFiniteError, UsageError
+
+Transform = Callable[[str, torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class Part:
+    """What one worker brings to an update.
+
+    Attributes:
+        losses: (replica, loss, count) of each shard it ran; losses as given, means over `count` items.
+        counted: whether `count=` was given; None if it ran no shard.
+        samples: samples of each replica it played that had any.
+        means: (replica, value) of each number named in `step.mean`.
+        changed: replicas whose buffers changed.
+    """
+
+    losses: list[tuple[int, float, float]] = field(default_factory=list)
+    counted: bool | None = None
+    samples: dict[int, int] = field(default_factory=dict)
+    means: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    changed: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One call of `step.update`.
+
+    Attributes:
+        where: line of the script.
+        optimizer: index of the optimizer to update.
+        clip_norm: largest global norm, or None.
+        scale: what losses were multiplied by (a GradScaler's), 1.0 without.
+        scaled: whether a GradScaler is in use, so that an overflow skips the update.
+        transform: applied to each whole gradient before clipping, or None.
+        seeds: what randomness in a transform depends on: (seed, step, pass).
+        num_samples: samples of the batch.
+        describe: (replica) -> words that name the shard, for messages.
+    """
+
+    where: str
+    optimizer: int
+    clip_norm: float | None
+    scale: float
+    scaled: bool
+    transform: Transform | None
+    seeds: tuple[int, int, int]
+    num_samples: int
+    describe: Callable[[int], str]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an update gives back, the same on every worker.
+
+    Attributes:
+        loss: weighted mean over the batch.
+        grad_norm: global norm before clipping; None if it was not asked for.
+        means: weighted mean of each named number.
+        skipped: whether the weights stayed because a scaled gradient overflowed.
+    """
+
+    loss: float
+    grad_norm: float | None
+    means: dict[str, float]
+    skipped: bool
+
+
+@dataclass(frozen=True)
+class Synchronous:
+    """All replicas agree at every step. The default."""
+
+    def bind(self, model: Model, group: Group, calls: Calls, clock: Clock) -> LiveSynchronous:
+        """Return the live form for one worker."""
+        return LiveSynchronous(model, group, calls, clock)
+
+
+class LiveSynchronous:
+    """One worker's side of synchronous agreement."""
+
+    def __init__(self, model: Model, group: Group, calls: Calls, clock: Clock):
+        self._model = model
+        self._group = group
+        self._calls = calls
+        self._clock = clock
+
+    def update(self, request: Request, part: Part) -> Outcome:
+        """Make one update. Collective.
+
+        Raises:
+            EditedWeightsError: weights were changed outside of it.
+            NonFiniteError: a replica's loss is NaN or infinite.
+            UsageError, MismatchError: the workers' parts do not fit together.
+        """
+        trained = self._model.trained[request.optimizer]
+        presence = trained.gradients.presence()
+        value = [request.optimizer, part.losses, part.counted, list(part.samples.items()), part.means, part.changed]
+        met = self._calls.meet("step.update", request.where, value, presence or b"")
+        self._clock.to("update")
+        self._model.guard.check()
+        if len({v[0] for v, _ in met}) > 1:
+            raise MismatchError(f"Workers update different optimizers at {request.where}.")
+        losses = sorted((entry for v, _ in met for entry in v[1]))
+        samples = {replica: count for v, _ in met for replica, count in v[3]}
+        total, counted = self._total(request, [v[2] for v, _ in met], losses, samples)
+        self._check_losses(request, losses)
+        trained.reload_if_stale()
+        if trained.area is not None:
+            trained.area.collect()
+        self._model.buffers.merge(samples, {r for v, _ in met for r in v[5]})
+        factor = unit_of(request.num_samples) / (total * request.scale) if counted else 1.0 / request.scale
+        absent = _absent(met, trained)
+        norm, applied = self._apply(trained, request, absent, factor)
+        loss = math.fsum(loss * count for _, loss, count in losses) / total / request.scale if total else math.nan
+        weights = samples if not counted else _summed(losses)
+        means = {name: _mean(met, name, weights) for name in sorted({n for v, _ in met for n in v[4]})}
+        return Outcome(loss, norm, means, not applied)
+
+    def _total(
+        self, request: Request, modes: Sequence, losses: Sequence, samples: dict[int, int]
+    ) -> tuple[float, bool]:
+        """Return what the sum of weighted losses is divided by, and whether items were counted by the user."""
+        given = {mode for mode in modes if mode is not None}
+        if len(given) > 1:
+            raise UsageError(
+                f"At {request.where} some replicas gave count= to step.backward and others did not. "
+                f"Give it in every call of a step, or in none."
+            )
+        missing = sorted(set(samples) - {replica for replica, _, _ in losses})
+        if missing:
+            raise UsageError(
+                f"step.backward was not called for {request.describe(missing[0])}. Call it once or more for every "
+                f"shard (with count=0 if the shard should not count)."
+            )
+        if True in given:
+            total = math.fsum(count for _, _, count in losses)
+            if not total > 0:
+                raise UsageError(f"At {request.where} count= adds up to {total} over the batch; it must be above 0.")
+            return total, True
+        return float(request.num_samples), False
+
+    def _check_losses(self, request: Request, losses: Sequence) -> None:
+        if request.scaled:
+            return
+        for replica, loss, _ in losses:
+            if not math.isfinite(loss):
+                raise NonFiniteError(
+                    f"The loss is {loss} for {request.describe(replica)}. Look at these samples, lower the learning "
+                    f"rate, or clip with step.update(clip_norm=1.0)."
+                )
+
+    def _apply(self, trained: Trained, request: Request, absent: Absent, factor: float) -> tuple[float | None, bool]:
+        """Reduce, clip and update; return the norm, if it was asked for, and whether weights were updated."""
+        ready = None
+        if request.transform is not None:
+            ready = self._transformed(trained, request, absent, factor)
+        norm = None
+        if request.clip_norm is not None or request.scaled:
+            norm = self._norm(trained, absent, factor, ready)
+        applied = norm is None or not request.scaled or math.isfinite(norm)
+        if request.clip_norm is not None and not request.scaled and not math.isfinite(norm):
+            raise NonFiniteError(f"The norm of the gradients is {norm} in the step updated at {request.where}.")
+        scale = 1.0
+        if applied and request.clip_norm is not None and norm > request.clip_norm:
+            # As in torch.nn.utils.clip_grad_norm_, a little below the bound rather than above it.
+            scale = request.clip_norm / (norm + 1e-6)
+        if applied and ready is not None:
+            trained.update.apply_ready({i: g if scale == 1.0 else g.mul_(scale) for i, g in ready.items()})
+        elif applied:
+            trained.update.apply(trained.sums, absent, factor * scale)
+        if applied:
+            trained.weights.share(self._group)
+        notices = [value for value, _ in self._commit(request, trained if applied else None)]
+        trained.update.settle(notices)
+        self._model.guard.accept_update()
+        return norm if request.clip_norm is not None else None, applied
+
+    def _commit(self, request: Request, trained: Trained | None) -> list[tuple[Any, bytes]]:
+        notice = trained.update.notice() if trained is not None else None
+        frame = b"" if notice is None else wire.pack(notice)
+        met = self._calls.meet("step.update (commit)", request.where, None, frame)
+        self._clock.to("update")
+        return [(wire.unpack(f) if f else None, f) for _, f in met]
+
+    def _transformed(
+        self, trained: Trained, request: Request, absent: Absent, factor: float
+    ) -> dict[int, torch.Tensor]:
+        """Return the finished gradient, flat, of every parameter that this worker owns wholly or in part.
+
+        A tensor divided among owners is put together on each of them; each transforms it alike.
+        """
+        layout = trained.weights.layout
+        mine: dict[int, list[torch.Tensor]] = {}
+        for index, chunk in enumerate(layout.chunks[self._group.worker.rank]):
+            for piece, total in zip(chunk, trained.sums.chunk(index, absent, factor), strict=True):
+                if total is not None:
+                    mine.setdefault(piece.parameter, []).append(total.clone())
+        owners = [{piece.parameter for chunk in chunks for piece in chunk} for chunks in layout.chunks]
+        divided = {i for i in mine if sum(i in owned for owned in owners) > 1}
+        frame = wire.pack({i: torch.cat(parts) for i, parts in mine.items() if i in divided})
+        for i in divided:
+            mine[i] = []
+        for _, theirs in self._calls.meet("step.update (transform)", request.where, None, frame):
+            for i, part in wire.unpack(theirs).items():
+                if i in divided:
+                    mine[i].append(part)
+        self._clock.to("update")
+        return {i: self._transform(trained, request, i, torch.cat(parts)) for i, parts in mine.items()}
+
+    def _transform(self, trained: Trained, request: Request, index: int, flat: torch.Tensor) -> torch.Tensor:
+        view, name = trained.weights.views[index], trained.weights.names[index]
+        # A transform may draw noise; what it draws must not depend on which tensors this worker owns.
+        seed_transform(*request.seeds, index)
+        with torch.no_grad():
+            result = request.transform(name, flat.as_strided(view.shape, view.stride()))
+        if not isinstance(result, torch.Tensor) or result.shape != view.shape:
+            got = f"a tensor of shape {tuple(result.shape)}" if isinstance(result, torch.Tensor) else repr(result)
+            raise UsageError(f"transform returned {got} for {name!r}; return a gradient of shape {tuple(view.shape)}.")
+        own = torch.empty_strided(view.shape, view.stride(), dtype=flat.dtype, device=flat.device).copy_(result)
+        return own.as_strided((own.numel(),), (1,))
+
+    def _norm(self, trained: Trained, absent: Absent, factor: float, ready: dict[int, torch.Tensor] | None) -> float:
+        """Return the global norm: per tensor in float64 over fixed blocks, added in parameter order."""
+        rank = self._group.worker.rank
+        squares: list[tuple[int, np.ndarray]] = []
+        for index, chunk in enumerate(trained.weights.layout.chunks[rank]):
+            if ready is not None:
+                sums = [ready[p.parameter][p.start : p.stop] if p.parameter in ready else None for p in chunk]
+            else:
+                sums = trained.sums.chunk(index, absent, 1.0)
+            for piece, total in zip(chunk, sums, strict=True):
+                if total is not None:
+                    squares.append((piece.parameter, block_squares(total)))
+        values = np.concatenate([s for _, s in squares]) if squares else np.empty(0)
+        owners = np.concatenate([np.full(len(s), i) for i, s in squares]) if squares else np.empty(0)
+        frame = values.astype("<f8").tobytes() + owners.astype("<f8").tobytes()
+        met = self._calls.meet("step.update (norm)", "", None, frame)
+        self._clock.to("update")
+        per_tensor: dict[int, float] = {}
+        for _, theirs in met:
+            both = np.frombuffer(theirs, "<f8").reshape(2, -1)
+            for value, owner in zip(both[0].tolist(), both[1].tolist(), strict=True):
+                per_tensor[int(owner)] = per_tensor.get(int(owner), 0.0) + value
+        total = 0.0
+        for parameter in sorted(per_tensor):
+            total += per_tensor[parameter]
+        return math.sqrt(total) * (factor if ready is None else 1.0)
+
+
+def unit_of(num_samples: int) -> float:
+    """Return what counts are divided by before backward: a power of two, so that no bit changes.
+
+    It keeps weighted losses small enough for half precision; the mean takes it out again.
+    """
+    return 2.0 ** math.ceil(math.log2(max(num_samples, 1)))
+
+
+def block_squares(flat: torch.Tensor) -> np.ndarray:
+    """Return the sum of squares, in float64, of each block of `GRANULE` elements of a flat gradient."""
+    whole = len(flat) // GRANULE * GRANULE
+    norms = []
+    if whole:
+        norms.append(torch.linalg.vector_norm(flat[:whole].view(-1, GRANULE), dim=1, dtype=_wide(flat)))
+    if whole < len(flat):
+        norms.append(torch.linalg.vector_norm(flat[whole:], dtype=_wide(flat)).reshape(1))
+    return torch.cat(norms).double().square().cpu().numpy()
+
+
+def _wide(flat: torch.Tensor) -> torch.dtype:
+    return torch.complex128 if flat.is_complex() else torch.float64
+
+
+def _absent(met: Sequence[tuple[Any, bytes]], trained: Trained) -> Absent:
+    """Return, for parameters that some nodes hold no sum of, those nodes (numbered in leaf order)."""
+    absent: dict[int, tuple[int, ...]] = {}
+    width, node = len(trained.weights.parameters), 0
+    for count, (_, frame) in zip(trained.num_nodes, met, strict=True):
+        for _ in range(count):
+            here, frame = frame[:width], frame[width:]
+            for parameter, present in enumerate(here):
+                if not present:
+                    absent[parameter] = (*absent.get(parameter, ()), node)
+            node += 1
+    return absent
+
+
+def _summed(losses: Sequence) -> dict[int, float]:
+    totals: dict[int, float] = {}
+    for replica, _, count in losses:
+        totals[replica] = totals.get(replica, 0.0) + count
+    return totals
+
+
+def _mean(met: Sequence, name: str, weights: dict[int, float]) -> float:
+    values = sorted((tuple(entry) for v, _ in met for entry in v[4].get(name, ())))
+    total = math.fsum(weights[replica] for replica, _ in values)
+    return math.fsum(value * weights[replica] for replica, value in values) / total if total else math.nan

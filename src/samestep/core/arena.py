@@ -1,0 +1,227 @@
+"""The arena: workers of one host reach each other through shared memory.
+
+The launcher makes `Handles` before it forks the workers: one anonymous memory for control, one for data, and one
+eventfd per worker. Nothing has a name, so nothing can be left behind, and no container limit on named shared memory
+applies. Each worker opens them as an `Arena`.
+
+Control block, one line of 64 bytes per worker, int64 words:
+
+    [0] arrived    number of exchanges this worker has entered; written by it alone, only ever rises
+    [1] [2]        length of its message in an even / odd exchange
+    [3] asleep     1 while it blocks on its eventfd
+
+and one line before them: [0] the word that a supervisor sets when a worker is gone.
+
+[Note: two message buffers]
+A worker may enter exchange k+1 while another still reads the messages of exchange k, so messages of odd and even
+exchanges have their own buffers. It cannot enter k+2 before the other has entered k+1, which it does after reading.
+
+[Note: order of stores]
+A worker writes its message, then its `arrived`. x86 makes stores visible in program order. Where the CPU does not
+promise this, both sides pass through a system call on the eventfd, which orders them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import platform
+import select
+import time
+
+import torch
+
+from samestep.core.group import SharedMemoryGroup, align
+from samestep.core.worker import Worker
+from samestep.errors import PeerError, SettingsError
+
+_LINE = 64
+_WORDS = _LINE // 8
+_MESSAGE_BYTES = 1 << 16
+_SPIN_SECONDS = 50e-6
+_YIELD_SECONDS = 1e-3
+_BLOCK_SECONDS = 0.05
+_ORDERED_STORES = platform.machine() in ("x86_64", "AMD64", "i686")
+
+
+class Handles:
+    """What workers of one host inherit: descriptors of the control block and the data, and their wake-up events."""
+
+    def __init__(self, control: int, data: int, events: tuple[int, ...]):
+        self.control = control
+        self.data = data
+        self.events = events
+
+    @classmethod
+    def create(cls, num_workers: int) -> Handles:
+        """Make the shared memory for `num_workers` workers. Call it before forking them.
+
+        Raises:
+            SettingsError: the system has no anonymous shared memory.
+        """
+        if not hasattr(os, "memfd_create") or not hasattr(os, "eventfd"):
+            raise SettingsError(
+                f"You asked for {num_workers} workers on {platform.system()}, where workers cannot share memory yet. "
+                f"Use --workers 1, or start the script with torchrun."
+            )
+        control = os.memfd_create("samestep-control", os.MFD_CLOEXEC)
+        data = os.memfd_create("samestep-data", os.MFD_CLOEXEC)
+        os.ftruncate(control, _control_bytes(num_workers))
+        events = tuple(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in range(num_workers))
+        return cls(control, data, events)
+
+    def abort(self) -> None:
+        """Tell every worker that waits, or will wait, that one of them is gone."""
+        with mmap.mmap(self.control, _LINE) as memory:
+            memory[:8] = (1).to_bytes(8, "little")
+        for event in self.events:
+            os.eventfd_write(event, 1)
+
+    def close(self) -> None:
+        """Close this process's descriptors. The memory goes with the last process that holds it."""
+        for descriptor in (self.control, self.data, *self.events):
+            os.close(descriptor)
+
+
+class Arena(SharedMemoryGroup):
+    """One worker's view of the shared memory of its host."""
+
+    def __init__(self, worker: Worker, handles: Handles):
+        """Open the arena.
+
+        Args:
+            worker: this worker. Its `size` may be smaller than the number of workers the handles were made for.
+            handles: as inherited from the launcher.
+        """
+        self.worker = worker
+        self._handles = handles
+        self._block = mmap.mmap(handles.control, _control_bytes(len(handles.events)))
+        self._words = memoryview(self._block).cast("q")
+        self._messages = memoryview(self._block)[_messages_start(len(handles.events)) :]
+        self._lines = [_WORDS * (1 + rank) for rank in range(worker.size)]
+        self._mine = self._lines[worker.rank]
+        self._others = [line for line in self._lines if line != self._mine]
+        self._count = self._words[self._mine]
+        self._data_end = 0
+        self._maps: list[mmap.mmap] = []
+        self._poll = select.poll()
+        self._poll.register(handles.events[worker.rank], select.POLLIN)
+        # More workers than cores: a spinning worker would keep the one it waits for from running.
+        self._spin_seconds = _SPIN_SECONDS if worker.size <= len(os.sched_getaffinity(0)) else 0.0
+
+    def exchange(self, message: bytes) -> list[bytes]:
+        num_rounds = 1 + max(0, len(message) - 1) // (_MESSAGE_BYTES - 1)
+        if num_rounds == 1:
+            replies, most = self._round(message, 1)
+            if most == 1:
+                return replies
+        else:
+            first = message[: _MESSAGE_BYTES - 1]
+            replies, most = self._round(first, num_rounds)
+        # Some message is longer than a buffer: everybody saw the number of rounds and takes part in all of them.
+        for start in range(_MESSAGE_BYTES - 1, most * (_MESSAGE_BYTES - 1), _MESSAGE_BYTES - 1):
+            more, _ = self._round(message[start : start + _MESSAGE_BYTES - 1], 1)
+            replies = [a + b for a, b in zip(replies, more, strict=True)]
+        return replies
+
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        length = -(-max(num_bytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+        start, self._data_end = self._data_end, self._data_end + length
+        if self.worker.is_first:
+            os.ftruncate(self._handles.data, self._data_end)
+        self.exchange(b"")
+        memory = mmap.mmap(self._handles.data, length, offset=start)
+        self._maps.append(memory)
+        return torch.frombuffer(memory, dtype=torch.uint8)[:num_bytes]
+
+    def protect(self, writable: bool) -> None:
+        """Make all data memory of this worker writable, or read-only so that a stray write faults.
+
+        Used by `verify`, to name the line that edits weights in place.
+        """
+        libc = ctypes.CDLL(None, use_errno=True)
+        flags = 0x1 | (0x2 if writable else 0)
+        for memory in self._maps:
+            address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+            libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(len(memory)), flags)
+
+    def close(self) -> None:
+        self._words.release()
+        self._messages.release()
+        self._block.close()
+        # The data maps are referred to by tensors; they go when those go.
+        self._maps.clear()
+
+    def _round(self, message: bytes, num_rounds: int) -> tuple[list[bytes], int]:
+        """Exchange messages that fit a buffer; also return the largest `num_rounds` that a worker announced."""
+        words, parity = self._words, self._count & 1
+        length = len(message)
+        base = parity * len(self._handles.events)
+        if length:
+            start = (base + self.worker.rank) * _MESSAGE_BYTES
+            self._messages[start : start + length] = message
+        words[self._mine + 1 + parity] = length | num_rounds << 32
+        self._count += 1
+        if not _ORDERED_STORES:
+            os.eventfd_write(self._handles.events[self.worker.rank], 1)
+        words[self._mine] = self._count
+        self._wait(self._count)
+        replies, most = [], 1
+        for rank, line in enumerate(self._lines):
+            entry = words[line + 1 + parity]
+            size, rounds = entry & 0xFFFFFFFF, entry >> 32
+            most = rounds if rounds > most else most
+            start = (base + rank) * _MESSAGE_BYTES
+            replies.append(bytes(self._messages[start : start + size]) if size else b"")
+        return replies, most
+
+    def _wait(self, count: int) -> None:
+        """Return once every worker has entered exchange `count`: spin, then yield, then block."""
+        words = self._words
+        waiting = [line for line in self._others if words[line] < count]
+        if not waiting:
+            self._wake(count)
+            return
+        begin = time.perf_counter()
+        while True:
+            waiting = [line for line in waiting if words[line] < count]
+            if not waiting:
+                break
+            waited = time.perf_counter() - begin
+            if waited < self._spin_seconds:
+                continue
+            if waited < _YIELD_SECONDS:
+                os.sched_yield()
+                continue
+            self._block_until(waiting, count)
+        if not _ORDERED_STORES:
+            os.sched_yield()
+
+    def _block_until(self, waiting: list[int], count: int) -> None:
+        words = self._words
+        if words[0]:
+            raise PeerError("Another worker of this run is gone.")
+        words[self._mine + 3] = 1
+        # Looked at once more after the flag is up. Should the flag still be missed, the timeout ends the nap.
+        if any(words[line] < count for line in waiting) and self._poll.poll(_BLOCK_SECONDS * 1e3):
+            try:
+                os.eventfd_read(self._handles.events[self.worker.rank])
+            except BlockingIOError:
+                pass
+        words[self._mine + 3] = 0
+
+    def _wake(self, count: int) -> None:
+        """Wake those who sleep; done by whoever arrives last."""
+        words = self._words
+        for rank, line in enumerate(self._lines):
+            if words[line + 3] and line != self._mine:
+                os.eventfd_write(self._handles.events[rank], 1)
+
+
+def _messages_start(num_workers: int) -> int:
+    return align(_LINE * (1 + num_workers))
+
+
+def _control_bytes(num_workers: int) -> int:
+    return _messages_start(num_workers) + 2 * num_workers * _MESSAGE_BYTES

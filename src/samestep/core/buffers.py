@@ -1,0 +1,167 @@
+"""Buffers of modules (BatchNorm's statistics and alike): each shard starts from the step's, then they are merged.
+
+After a pass, floating buffers are the mean over the replicas that had samples, weighted by samples, added in replica
+order in float64; integer ones are those of the first such replica. Elements on which all replicas agree are kept to
+the bit.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+
+from samestep.core.group import Group, align, aligned_zeros
+from samestep.core.worker import run_of
+from samestep.errors import SettingsError
+
+Rule = Literal["mean", "first"]
+
+
+class Buffers:
+    """The buffers of all replicated modules, as one worker sees them."""
+
+    def __init__(
+        self,
+        modules: Sequence[tuple[str, torch.nn.Module]],
+        group: Group,
+        num_replicas: int,
+        rule: Rule | Mapping[str, Rule] = "mean",
+    ):
+        """Move the buffers into one memory of this worker. Collective.
+
+        Args:
+            modules: (prefix of names, module).
+            group: for the place where replicas' buffers meet.
+            num_replicas: number of replicas.
+            rule: "mean" or "first", or rules by name pattern ("*.weight_u": "first"); names without a rule: "mean".
+        """
+        self._rules = {"*": rule} if isinstance(rule, str) else dict(rule)
+        for wanted in self._rules.values():
+            if wanted not in ("mean", "first"):
+                raise SettingsError(
+                    f"You set buffers={rule!r}; a rule is 'mean' or 'first', or a dict of them by name."
+                )
+        self._slots: list[tuple[dict, str, torch.Tensor]] = []
+        entries = self._find(modules)
+        self._segments: list[tuple[slice, torch.dtype | None]] = []
+        offsets, end = [], 0
+        for dtype, _, _, _, buffer in entries:
+            offsets.append(end)
+            stop = end + align(buffer.numel() * buffer.element_size())
+            self._segments.append((slice(end, stop), dtype))
+            end = stop
+        self._segments = _joined(self._segments)
+        self.num_bytes = end
+        if not end:
+            return
+        device = group.worker.device
+        self._memory, self._start = aligned_zeros(end, device), aligned_zeros(end, device)
+        self._placed = []
+        for (_, _, home, key, buffer), offset in zip(entries, offsets, strict=True):
+            flat = self._memory[offset : offset + buffer.numel() * buffer.element_size()]
+            view = flat.view(buffer.dtype).view(buffer.shape)
+            view.copy_(buffer)
+            home[key] = view
+            self._placed.append((home, key, view))
+        self._group = group
+        self._meeting = group.allocate(end * num_replicas)
+        runs = [run_of(w, group.worker.size, num_replicas) for w in range(group.worker.size)]
+        self._runs = [range(run.start * end, run.stop * end) for run in runs]
+        self._num_replicas = num_replicas
+        self._dirty = False
+
+    def begin_pass(self) -> None:
+        """Remember the buffers that every shard of this pass starts from."""
+        if self.num_bytes:
+            self._reattach()
+            self._start.copy_(self._memory)
+            self._dirty = False
+
+    def begin_shard(self) -> None:
+        """Give the next shard the buffers of the pass's start."""
+        if self.num_bytes and self._dirty:
+            self._memory.copy_(self._start)
+            self._dirty = False
+
+    def end_shard(self, replica: int) -> bool:
+        """Publish the replica's buffers if they changed; return whether they did."""
+        if not self.num_bytes:
+            return False
+        self._reattach()
+        if torch.equal(self._memory, self._start):
+            return False
+        self._dirty = True
+        self._meeting[replica * self.num_bytes :][: self.num_bytes].copy_(self._memory)
+        return True
+
+    def merge(self, counts: Mapping[int, int], changed: set[int]) -> None:
+        """Set the buffers to the merged ones. Collective where memory is not shared.
+
+        Args:
+            counts: samples of each replica that had any.
+            changed: the replicas whose buffers differ from the pass's start.
+        """
+        if not self.num_bytes or not changed:
+            return
+        self._group.share(self._meeting, self._runs)
+        ends = [
+            self._meeting[r * self.num_bytes :][: self.num_bytes] if r in changed else self._start
+            for r in sorted(counts)
+        ]
+        total = sum(counts.values())
+        weights = [counts[r] / total for r in sorted(counts)]
+        for where, dtype in self._segments:
+            if dtype is None or len(ends) == 1:
+                self._memory[where] = ends[0][where]
+            else:
+                self._memory[where].view(dtype).copy_(_mean([e[where].view(dtype) for e in ends], weights))
+        self._dirty = False
+
+    def _find(self, modules: Sequence[tuple[str, torch.nn.Module]]) -> list[tuple]:
+        """Return (dtype of the mean or None, name, home, key, buffer), those merged alike next to each other."""
+        entries, seen = [], set()
+        for prefix, module in modules:
+            for path, owner in module.named_modules():
+                for key, buffer in owner._buffers.items():
+                    if buffer is None or not buffer.numel() or (id(owner), key) in seen:
+                        continue
+                    seen.add((id(owner), key))
+                    name = f"{prefix}{path}.{key}" if path else f"{prefix}{key}"
+                    mean = buffer.dtype.is_floating_point and self._rule_of(name) == "mean"
+                    entries.append((buffer.dtype if mean else None, name, owner._buffers, key, buffer))
+        return sorted(entries, key=lambda e: (str(e[0]), e[1]))
+
+    def _rule_of(self, name: str) -> str:
+        matches = [rule for pattern, rule in self._rules.items() if fnmatch.fnmatchcase(name, pattern)]
+        return matches[0] if matches else "mean"
+
+    def _reattach(self) -> None:
+        """Take over the values of buffers that the module replaced by new tensors."""
+        for home, key, view in self._placed:
+            now = home.get(key)
+            if now is not view and now is not None:
+                view.copy_(now)
+                home[key] = view
+
+
+def _mean(values: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
+    first = values[0]
+    total = first.double() * weights[0]
+    same = torch.ones_like(first, dtype=torch.bool)
+    for value, weight in zip(values[1:], weights[1:], strict=True):
+        total.add_(value.double(), alpha=weight)
+        same &= value == first
+    return torch.where(same, first, total.to(first.dtype))
+
+
+def _joined(segments: list[tuple[slice, torch.dtype | None]]) -> list[tuple[slice, torch.dtype | None]]:
+    joined: list[tuple[slice, torch.dtype | None]] = []
+    for where, dtype in segments:
+        if joined and joined[-1][1] == dtype:
+            joined[-1] = (slice(joined[-1][0].start, where.stop), dtype)
+        else:
+            joined.append((where, dtype))
+    return joined

@@ -1,0 +1,71 @@
+"""Where workers meet: every collective call of the user's script, numbered, so that a difference is named.
+
+Workers run the same script, so they make the same calls in the same order. Each call carries its number, its kind and
+the line of the script; if they differ, control flow has parted, and both lines are told instead of a hang.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from samestep.core.clock import Clock
+from samestep.core.group import Group
+from samestep.errors import MismatchError
+
+_OWN_FOLDER = str(Path(__file__).resolve().parent.parent)
+
+
+def line_of_user() -> str:
+    """Return the innermost line outside samestep on the stack, as "train.py:40"."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_OWN_FOLDER):
+        frame = frame.f_back
+    if frame is None:
+        return "unknown"
+    return f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
+
+
+class Calls:
+    """Numbers the calls of one worker and meets the other workers at each."""
+
+    def __init__(self, group: Group, clock: Clock):
+        self._group = group
+        self._clock = clock
+        self.number = 0
+
+    def meet(self, kind: str, where: str, value: Any = None, frame: bytes = b"") -> list[tuple[Any, bytes]]:
+        """Exchange a value with all workers.
+
+        Args:
+            kind: what the script called.
+            where: the line of the script.
+            value: JSON values.
+            frame: further bytes.
+
+        Returns:
+            Value and frame of each worker, in rank order.
+
+        Raises:
+            MismatchError: another worker is at another call.
+        """
+        self.number += 1
+        head = json.dumps([self.number, kind, where, value], separators=(",", ":")).encode()
+        before = self._clock.to("wait")
+        replies = self._group.exchange(b"%d;%b%b" % (len(head), head, frame))
+        self._clock.to(before)
+        met = []
+        for rank, reply in enumerate(replies):
+            length, _, rest = reply.partition(b";")
+            number, their_kind, their_line, their_value = json.loads(rest[: int(length)])
+            if (number, their_kind) != (self.number, kind):
+                raise MismatchError(
+                    f"Workers are at different calls: worker {self._group.worker.rank} at call {self.number}, "
+                    f"{kind} ({where}); worker {rank} at call {number}, {their_kind} ({their_line}). The script "
+                    f"took different paths. Decide by step.loss, step.mean, run.mean or run.once, which are the "
+                    f"same on every worker."
+                )
+            met.append((their_value, rest[int(length) :]))
+        return met

@@ -1,0 +1,184 @@
+"""Update by elements: for optimizers that treat every element alone, so large tensors can be divided among owners.
+
+A twin of the user's optimizer steps on *shadows*: flat views of the pieces this worker owns, chunk by chunk, with
+the settings of the user's groups. State is created by the optimizer itself for the pieces, then moved into places
+that every worker sees: full tensors in `optimizer.state[parameter]`, of which each shadow has its part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from samestep.core import wire
+from samestep.core.group import Group
+from samestep.core.layout import Piece
+from samestep.core.optimizers import bare_copy
+from samestep.core.places import Description, Slot, agree_on, make_places
+from samestep.core.update import State, Sums, Update
+from samestep.core.weights import Weights
+
+
+class ElementUpdate(Update):
+    """Steps a twin of the user's optimizer on the pieces this worker owns."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, weights: Weights, group: Group):
+        self._optimizer = optimizer
+        self._weights = weights
+        self._group = group
+        self._twin = bare_copy(optimizer)
+        self._group_of = {id(p): number for number, g in enumerate(optimizer.param_groups) for p in g["params"]}
+        chunks = weights.layout.chunks[group.worker.rank]
+        self._pieces: list[list[Piece]] = [list(chunk) for chunk in chunks]
+        self._shadows = [[weights.flat(piece) for piece in chunk] for chunk in chunks]
+        self._groups = [self._group_by_settings(p, s) for p, s in zip(self._pieces, self._shadows, strict=True)]
+        self._known: dict[Piece, dict[str, torch.Tensor]] = {piece: {} for chunk in chunks for piece in chunk}
+        self._places: dict[Slot, torch.Tensor] = {}
+        if optimizer.state:
+            self.load({i: dict(optimizer.state[p]) for i, p in enumerate(weights.parameters) if optimizer.state.get(p)})
+
+    def apply(self, sums: Sums, absent: Any, factor: float) -> None:
+        for index, shadows in enumerate(self._shadows):
+            self._step(index, sums.chunk(index, absent, factor), shadows)
+
+    def apply_ready(self, gradients: dict[int, torch.Tensor]) -> None:
+        for index, (pieces, shadows) in enumerate(zip(self._pieces, self._shadows, strict=True)):
+            ready = [gradients.get(p.parameter) for p in pieces]
+            cut = [g if g is None else g[p.start : p.stop] for g, p in zip(ready, pieces, strict=True)]
+            self._step(index, cut, shadows)
+
+    def notice(self) -> Any:
+        fresh = False
+        for piece, shadow in self._each():
+            state, known = self._twin.state.get(shadow, {}), self._known[piece]
+            for key, value in state.items():
+                place = known.get(key)
+                if place is None:
+                    fresh = True
+                elif place is not value:
+                    place.copy_(value)
+                    state[key] = place
+        return "fresh" if fresh and self._group.shares_memory else None
+
+    def settle(self, notices: Sequence[Any]) -> None:
+        if any(n is not None for n in notices):
+            self._place()
+
+    def full_state(self) -> State:
+        if self._group.shares_memory:
+            self._group.exchange(b"")
+            return {
+                index: dict(self._optimizer.state[p])
+                for index, p in enumerate(self._weights.parameters)
+                if self._optimizer.state.get(p)
+            }
+        mine = {
+            (piece.parameter, piece.start): dict(self._twin.state[shadow])
+            for piece, shadow in self._each()
+            if self._twin.state.get(shadow)
+        }
+        parts: dict[int, dict[int, dict]] = {}
+        for message in self._group.exchange(wire.pack(mine)):
+            for (parameter, start), state in wire.unpack(message).items():
+                parts.setdefault(parameter, {})[start] = state
+        return {parameter: self._joined(parameter, parts[parameter]) for parameter in sorted(parts)}
+
+    def load(self, state: State) -> None:
+        self._twin.state.clear()
+        self._places.clear()
+        self._optimizer.state.clear()
+        for piece, shadow in self._each():
+            self._known[piece] = {}
+            for key, value in state.get(piece.parameter, {}).items():
+                self._twin.state[shadow][key] = self._part(piece, value)
+        if self._group.shares_memory:
+            self._place()
+
+    def _step(self, index: int, gradients: Sequence[torch.Tensor | None], shadows: Sequence[torch.Tensor]) -> None:
+        for shadow, gradient in zip(shadows, gradients, strict=True):
+            if gradient is not None and gradient.dtype != shadow.dtype:
+                gradient = gradient.to(shadow.dtype)
+            shadow.grad = gradient
+        for number, settings in self._groups[index]:
+            params = settings["params"]
+            settings.update(self._optimizer.param_groups[number])
+            settings["params"] = params
+        self._twin.param_groups = [settings for _, settings in self._groups[index]]
+        self._twin.step()
+
+    def _group_by_settings(self, pieces: Sequence[Piece], shadows: Sequence[torch.Tensor]) -> list[tuple[int, dict]]:
+        groups: dict[int, dict] = {}
+        for piece, shadow in zip(pieces, shadows, strict=True):
+            number = self._group_of[id(self._weights.parameters[piece.parameter])]
+            groups.setdefault(number, {"params": []})["params"].append(shadow)
+        return sorted(groups.items())
+
+    def _each(self) -> list[tuple[Piece, torch.Tensor]]:
+        return [pair for p, s in zip(self._pieces, self._shadows, strict=True) for pair in zip(p, s, strict=True)]
+
+    def _place(self) -> None:
+        """Move state that has no place yet into the group's memory. Collective."""
+        wanted: dict[Slot, Description] = {}
+        for piece, shadow in self._each():
+            for key, value in self._twin.state.get(shadow, {}).items():
+                if key not in self._known[piece]:
+                    wanted[piece.parameter, key] = self._description(piece, value)
+        slots = agree_on(self._group, wanted)
+        places = make_places(self._group, slots)
+        for piece, shadow in self._each():
+            state = self._twin.state.get(shadow, {})
+            for key, value in list(state.items()):
+                if (piece.parameter, key) in places and key not in self._known[piece]:
+                    place = self._place_of(piece, places[piece.parameter, key], value)
+                    if place is not value:
+                        place.copy_(value)
+                    state[key] = self._known[piece][key] = place
+        self._places.update(places)
+        self._group.exchange(b"")
+        for (parameter, key), place in places.items():
+            self._optimizer.state[self._weights.parameters[parameter]][key] = place
+
+    def _description(self, piece: Piece, value: torch.Tensor) -> Description:
+        whole = self._weights.views[piece.parameter]
+        if value.dim() == 0:
+            return wire.name_of(value.dtype), (), ()
+        return wire.name_of(value.dtype), tuple(whole.shape), tuple(whole.stride())
+
+    def _place_of(self, piece: Piece, place: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Return this piece's part of a place. A number per parameter is kept by the owner of its first piece.
+
+        The other pieces have it too, and advance it alike.
+        """
+        if value.dim() == 0:
+            return place if piece.start == 0 else value
+        return _flat(place, piece.start, piece.stop)
+
+    def _part(self, piece: Piece, value: Any) -> torch.Tensor:
+        whole = self._weights.views[piece.parameter]
+        if not isinstance(value, torch.Tensor):
+            return torch.tensor(float(value), dtype=torch.float32)
+        value = value.detach()
+        if value.dim() == 0 or (value.numel() == 1 and whole.numel() != 1):
+            return value.reshape(()).clone()
+        ordered = torch.empty_strided(whole.shape, whole.stride(), dtype=value.dtype, device=whole.device)
+        ordered.copy_(value.reshape(whole.shape))
+        return _flat(ordered, piece.start, piece.stop).clone()
+
+    def _joined(self, parameter: int, parts: dict[int, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        whole = self._weights.views[parameter]
+        state = {}
+        for key, first in parts[min(parts)].items():
+            if first.dim() == 0:
+                state[key] = first
+                continue
+            joined = torch.empty_strided(whole.shape, whole.stride(), dtype=first.dtype)
+            _flat(joined, 0, whole.numel()).copy_(torch.cat([parts[start][key] for start in sorted(parts)]))
+            state[key] = joined
+        return state
+
+
+def _flat(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """Return elements [start, stop) of a dense tensor in memory order."""
+    return tensor.as_strided((stop - start,), (1,), tensor.storage_offset() + start)

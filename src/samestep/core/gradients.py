@@ -1,0 +1,170 @@
+"""Gradients of one optimizer's parameters, folded leaf by leaf while backward runs.
+
+A hook on each parameter takes its gradient as soon as autograd has it, while it is still in cache, and adds it to
+this worker's buffers in the order of the tree (`tree.Script`). The gradient itself is freed at once.
+
+A leaf is the sum of all that arrives in its shard. A hook may fire more than once per shard, so the first shard in
+which a parameter is seen counts arrivals and folds at the end of the shard. Parameters that arrive once are folded in
+the hook from then on; the others always at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from samestep.core.group import GradientArea
+from samestep.core.tree import Leaf, Script
+from samestep.core.weights import Weights, is_dense, placed, sum_dtype
+from samestep.errors import UsageError
+
+_COUNTING, _ONCE, _MANY = range(3)
+
+
+class _Sums:
+    """Buffers of one parameter: a partial sum each, or nothing."""
+
+    __slots__ = ("arrivals", "dtype", "full", "gradients", "hook", "mode", "name", "parameter", "places")
+
+    def __init__(self, gradients: Gradients, name: str, parameter: torch.nn.Parameter, places: list | None, many: bool):
+        self.gradients = gradients
+        self.name = name
+        self.parameter = parameter
+        self.dtype = sum_dtype(parameter.dtype)
+        self.places = places
+        self.full: list[torch.Tensor | None] = [None] * gradients.script.num_buffers
+        self.hook = None
+        self.arrivals = 0
+        self.mode = _MANY if many else _COUNTING
+
+    def arrive(self, parameter: torch.Tensor) -> None:
+        """Autograd's hook: the gradient of this parameter is complete for one backward call."""
+        self.arrivals += 1
+        if self.mode != _ONCE:
+            return
+        if self.arrivals > 1:
+            raise UsageError(
+                f"The gradient of {self.name!r} arrived twice in one shard, but once in its first shard, so it was "
+                f"folded already. Call run.replicate(..., arrivals='many') (folds at the end of each shard)."
+            )
+        self.fold(self.gradients.leaf)
+
+    def fold(self, leaf: Leaf) -> None:
+        """Add the parameter's gradient as the current leaf, and complete the sums that it ends."""
+        gradient = self.parameter.grad
+        if gradient is not None:
+            self.parameter.grad = None
+            if gradient.requires_grad:
+                gradient = gradient.detach()
+            if gradient.layout != torch.strided:
+                raise UsageError(
+                    f"The gradient of {self.name!r} is sparse, which cannot be added in the order of the tree. "
+                    f"Use sparse=False in its Embedding."
+                )
+            self.add(leaf.buffer, gradient)
+            self.gradients.num_folded += 1
+        for target, source in leaf.merges:
+            if self.full[source] is not None:
+                self.add(target, self.full[source])
+                self.full[source] = None
+
+    def add(self, buffer: int, gradient: torch.Tensor) -> None:
+        held = self.full[buffer]
+        if held is not None:
+            held.add_(gradient)
+        elif self.places is not None:
+            self.full[buffer] = self.places[buffer].copy_(gradient)
+        else:
+            self.full[buffer] = self._own(gradient)
+
+    def _own(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Keep autograd's own tensor where its memory order is the parameter's: no copy."""
+        if gradient.dtype != self.dtype:
+            gradient = gradient.to(self.dtype)
+        if gradient.stride() == self.parameter.stride() and is_dense(gradient) and gradient.data_ptr() % 64 == 0:
+            return gradient
+        own = torch.empty_strided(
+            self.parameter.shape, self.parameter.stride(), dtype=self.dtype, device=gradient.device
+        )
+        return own.copy_(gradient)
+
+
+class Gradients:
+    """One worker's part of one optimizer's gradients.
+
+    Attributes:
+        script: how this worker folds its leaves.
+        leaf: the leaf that the current shard is.
+        num_folded: gradients folded in this pass.
+    """
+
+    def __init__(self, weights: Weights, script: Script, area: GradientArea | None, many: bool = False):
+        """Hook the parameters.
+
+        Args:
+            weights: the parameters.
+            script: the folding order of this worker's leaves.
+            area: where sums are kept; None for a lone worker, which then keeps autograd's own tensors.
+            many: treat every parameter as one whose gradient arrives several times per shard.
+        """
+        self.script = script
+        self.leaf = script.leaves[0] if script.leaves else Leaf(0, ())
+        self.num_folded = 0
+        self._sums: list[_Sums] = []
+        for name, parameter, offset in zip(weights.names, weights.parameters, weights.layout.sum_offsets, strict=True):
+            places = None
+            if area is not None:
+                dtype = sum_dtype(parameter.dtype)
+                places = [placed(buffer, offset, parameter.data, dtype) for buffer in area.mine]
+            self._sums.append(_Sums(self, name, parameter, places, many))
+        self._num_trainable = 0
+        self._before = 0
+
+    def begin_pass(self) -> None:
+        """Forget all sums."""
+        self.num_folded = self._num_trainable = 0
+        empty = [None] * self.script.num_buffers
+        for sums in self._sums:
+            sums.full[:] = empty
+            sums.arrivals = 0
+            sums.parameter.grad = None
+            if sums.parameter.requires_grad:
+                self._num_trainable += 1
+                if sums.hook is None:
+                    sums.hook = sums.parameter.register_post_accumulate_grad_hook(sums.arrive)
+
+    def begin_shard(self, index: int) -> None:
+        """Start the shard that is this worker's leaf number `index`."""
+        self.leaf = self.script.leaves[index]
+        self._before = self.num_folded
+
+    def end_shard(self) -> None:
+        """Fold what the hooks left, and complete the sums of parameters that this shard did not use."""
+        if self.num_folded - self._before == self._num_trainable:
+            for sums in self._sums:
+                sums.arrivals = 0
+            return
+        for sums in self._sums:
+            if sums.mode != _ONCE or not sums.arrivals:
+                sums.fold(self.leaf)
+                if sums.mode == _COUNTING and sums.arrivals:
+                    sums.mode = _ONCE if sums.arrivals == 1 else _MANY
+            sums.arrivals = 0
+
+    def presence(self) -> bytes | None:
+        """Return, for each node and parameter, 1 if any leaf of the node used the parameter; None if all did."""
+        if self.num_folded == len(self._sums) * len(self.script.leaves):
+            return None
+        return bytes(s.full[buffer] is not None for buffer in self.script.node_buffers for s in self._sums)
+
+    def held(self) -> Sequence[torch.Tensor | None]:
+        """Return the sums of a lone worker, one per parameter (None where no replica used it)."""
+        buffer = self.script.node_buffers[0]
+        return [s.full[buffer] for s in self._sums]
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        for sums in self._sums:
+            if sums.hook is not None:
+                sums.hook.remove()

@@ -1,0 +1,138 @@
+"""The one seam: how the workers of a run reach each other.
+
+Everything that crosses from one worker to another goes through a `Group`. There are four kinds: `Solo` (below),
+the arena (one host, shared memory), `torch.distributed` (many hosts, GPUs), and the fakes used by tests.
+
+    exchange        every worker gives a small message and gets all of them, in rank order; also a barrier
+    allocate        memory for weights and optimizer state; one memory for all workers where they share it
+    gradient_area   where each worker folds its gradients and each owner reads the folded nodes of its units
+    share           after owners wrote their runs of a memory, every worker sees all of it
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+
+from samestep.core.worker import Worker
+
+ALIGNMENT = 64
+"""Bytes. Every parameter, state block, gradient area and input tensor starts on a multiple of it."""
+
+
+class GradientArea(ABC):
+    """Gradient buffers of one optimizer's parameters, as one worker sees them.
+
+    Attributes:
+        mine: this worker's buffers, uint8 tensors of the whole area's length, 64-byte aligned.
+        nodes: `nodes[w][j]` holds, after `collect`, this worker's run of the j-th node of worker w. uint8.
+            The tensors stay the same from step to step.
+    """
+
+    mine: list[torch.Tensor]
+    nodes: list[list[torch.Tensor]]
+
+    @abstractmethod
+    def collect(self) -> None:
+        """Make `nodes` valid. Called by every worker, after all have published their nodes in an `exchange`."""
+
+
+class Group(ABC):
+    """All communication between workers."""
+
+    worker: Worker
+    shares_memory: bool
+
+    @abstractmethod
+    def exchange(self, message: bytes) -> list[bytes]:
+        """Give `message`, return the messages of all workers in rank order. A barrier.
+
+        Raises:
+            PeerError: another worker is gone.
+        """
+
+    @abstractmethod
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        """Return `num_bytes` zero bytes on the worker's device (uint8, 64-byte aligned). Collective.
+
+        Where `shares_memory` is true, every worker gets the same memory.
+        """
+
+    @abstractmethod
+    def gradient_area(
+        self, num_bytes: int, buffers_of: Sequence[int], nodes_of: Sequence[Sequence[int]], runs: Sequence[range]
+    ) -> GradientArea:
+        """Make the gradient area of one optimizer. Collective.
+
+        Args:
+            num_bytes: length of one buffer.
+            buffers_of: number of buffers of each worker.
+            nodes_of: for each worker, the buffers that hold its nodes once all its shards are folded.
+            runs: for each worker, the bytes of a buffer that it owns. They are disjoint and in rank order.
+        """
+
+    @abstractmethod
+    def share(self, memory: torch.Tensor, runs: Sequence[range]) -> None:
+        """Make the owners' runs of `memory` (bytes, disjoint) visible to every worker. Not a barrier."""
+
+    def close(self) -> None:  # noqa: B027
+        """Give back what the group holds. The group cannot be used afterwards."""
+
+
+class _VisibleArea(GradientArea):
+    """Every worker sees every buffer, so collecting moves nothing."""
+
+    def __init__(self, memory: torch.Tensor, num_bytes: int, rank: int, buffers_of, nodes_of, runs):
+        stride = align(num_bytes)
+        areas, first = [], 0
+        for count in buffers_of:
+            areas.append([memory[(first + b) * stride :][:num_bytes] for b in range(count)])
+            first += count
+        self.mine = areas[rank]
+        run = runs[rank]
+        self.nodes = [
+            [area[b][run.start : run.stop] for b in nodes] for area, nodes in zip(areas, nodes_of, strict=True)
+        ]
+
+    def collect(self) -> None:
+        pass
+
+
+class SharedMemoryGroup(Group):
+    """A group whose workers share memory: what one writes, all can read after the next `exchange`."""
+
+    shares_memory = True
+
+    def gradient_area(self, num_bytes, buffers_of, nodes_of, runs) -> GradientArea:
+        memory = self.allocate(align(num_bytes) * sum(buffers_of))
+        return _VisibleArea(memory, num_bytes, self.worker.rank, buffers_of, nodes_of, runs)
+
+    def share(self, memory: torch.Tensor, runs: Sequence[range]) -> None:
+        pass
+
+
+class Solo(SharedMemoryGroup):
+    """A group of one worker."""
+
+    def __init__(self, worker: Worker | None = None):
+        self.worker = worker if worker is not None else Worker()
+
+    def exchange(self, message: bytes) -> list[bytes]:
+        return [message]
+
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        return aligned_zeros(num_bytes, self.worker.device)
+
+
+def align(num_bytes: int) -> int:
+    """Round `num_bytes` up to a multiple of `ALIGNMENT`."""
+    return (num_bytes + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+
+
+def aligned_zeros(num_bytes: int, device: str = "cpu") -> torch.Tensor:
+    """Return `num_bytes` zero bytes whose address is a multiple of `ALIGNMENT`."""
+    memory = torch.zeros(num_bytes + ALIGNMENT, dtype=torch.uint8, device=device)
+    start = -memory.data_ptr() % ALIGNMENT
+    return memory[start : start + num_bytes]

@@ -1,0 +1,288 @@
+"""What `run.replicate` was given, as one worker sees it: modules, optimizers, and all that belongs to them.
+
+Trained   one optimizer: its weights, its gradients, how their sums are completed, how it is updated
+Model     all of them, with frozen parameters, buffers, and whatever else has a state_dict
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from samestep.core import tree, wire
+from samestep.core.buffers import Buffers, Rule
+from samestep.core.digest import tensor_digest
+from samestep.core.element_update import ElementUpdate
+from samestep.core.fold import Fold, HeldFold
+from samestep.core.gradients import Gradients
+from samestep.core.group import Group
+from samestep.core.guard import Guard
+from samestep.core.layout import GRANULE, PIECE, Layout, lay_out
+from samestep.core.memory import check_fits
+from samestep.core.optimizers import Kind, kind_of
+from samestep.core.update import Update
+from samestep.core.weights import Weights, check_separate, shape_of
+from samestep.core.whole_update import WholeUpdate
+from samestep.core.worker import run_of
+from samestep.errors import MismatchError, UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a model is replicated.
+
+    Attributes:
+        num_replicas: number of replicas.
+        threads: intra-op threads of each worker.
+        buffers: how buffers of replicas are merged (see `Buffers`).
+        many_arrivals: fold every gradient at the end of its shard.
+    """
+
+    num_replicas: int
+    threads: int = 1
+    buffers: Rule | Mapping[str, Rule] = "mean"
+    many_arrivals: bool = False
+
+
+class Trained:
+    """One optimizer and its parameters.
+
+    Attributes:
+        optimizer: the user's.
+        weights, gradients, sums, update: its mechanism; see their classes.
+        num_nodes: for each worker, how many nodes of the tree it folds.
+        area_bytes: gradient memory of all workers of the group.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, names: Mapping[int, str], group: Group, options: Options):
+        """Take over `optimizer` and its parameters. Collective.
+
+        Args:
+            optimizer: its groups must be final.
+            names: name of each parameter, by id.
+            group: the workers.
+            options: how to replicate.
+        """
+        self.optimizer = optimizer
+        kind = kind_of(optimizer)
+        parameters = list(dict.fromkeys(p for g in optimizer.param_groups for p in g["params"]))
+        shapes = [shape_of(p, divisible=kind is Kind.ELEMENT) for p in parameters]
+        size = group.worker.size
+        # An optimizer that may look at anything has one owner: the layout for one worker, others own nothing.
+        owners = 1 if kind is Kind.WHOLE else size
+        layout = _for_all(lay_out(shapes, owners, granule=GRANULE if options.threads == 1 else PIECE), size)
+        self.weights = Weights(group, [names[id(p)] for p in parameters], parameters, layout)
+        runs = [run_of(w, size, options.num_replicas) for w in range(size)]
+        scripts = [tree.script_of(run, options.num_replicas) for run in runs]
+        script, area = scripts[group.worker.rank], None
+        self.num_nodes = [len(s.nodes) for s in scripts]
+        self.area_bytes = sum(s.num_buffers for s in scripts) * layout.sum_bytes
+        if size > 1:
+            buffers = [s.num_buffers for s in scripts]
+            area = group.gradient_area(layout.sum_bytes, buffers, [s.node_buffers for s in scripts], layout.sum_runs)
+        self.gradients = Gradients(self.weights, script, area, options.many_arrivals)
+        if area is None:
+            self.sums: Fold | HeldFold = HeldFold(layout.chunks[0], self.gradients.held)
+        else:
+            self.sums = Fold(self.weights, group.worker.rank, area, tree.fold_order(runs, options.num_replicas))
+        self.area = area
+        made = ElementUpdate if kind is Kind.ELEMENT else WholeUpdate
+        self.update: Update = made(optimizer, self.weights, group)
+        self.stale = False
+        optimizer.register_load_state_dict_post_hook(self._loaded)
+        self._guard_hook = optimizer.register_step_pre_hook(_refuse_step)
+
+    def _loaded(self, optimizer: torch.optim.Optimizer) -> None:
+        self.stale = True
+
+    def reload_if_stale(self) -> None:
+        """Take over a state that the user loaded into the optimizer. Collective if so (on every worker alike)."""
+        if self.stale:
+            self.stale = False
+            state = {
+                i: dict(self.optimizer.state[p])
+                for i, p in enumerate(self.weights.parameters)
+                if self.optimizer.state.get(p)
+            }
+            self.update.load(state)
+
+    def state_bytes(self) -> int:
+        """Return bytes of optimizer state tensors that this worker sees."""
+        seen = (v for s in self.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor))
+        return sum(v.numel() * v.element_size() for v in seen)
+
+
+def _refuse_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    raise UsageError(
+        f"You called {type(optimizer).__name__}.step(), but the run updates the weights. "
+        f"Call step.update() instead (step.update(optimizer) if there are several)."
+    )
+
+
+class Model:
+    """Everything that was replicated.
+
+    Attributes:
+        trained: one per optimizer.
+        modules: (prefix of names, module), in the order given.
+        others: schedulers, scalers and alike: registered for checkpoints only.
+        buffers, guard: see their classes.
+    """
+
+    def __init__(self, things: Sequence[Any], group: Group, options: Options):
+        """Replicate `things`. Collective.
+
+        Raises:
+            UsageError: something in it cannot be replicated; named.
+            MismatchError: workers built different models; names the first tensor that differs.
+            SettingsError: there is too little memory.
+        """
+        self._group = group
+        modules = [t for t in things if isinstance(t, torch.nn.Module)]
+        optimizers = [t for t in things if isinstance(t, torch.optim.Optimizer)]
+        self.others = [t for t in things if not isinstance(t, torch.nn.Module | torch.optim.Optimizer)]
+        self.modules = [(f"{i}:" if len(modules) > 1 else "", m) for i, m in enumerate(modules)]
+        _check_things(modules, optimizers, self.others)
+        for module in modules:
+            module.to(group.worker.device)
+        names = self._names(optimizers)
+        self._check_same(group)
+        # The memory of weights, gradients, and (for most optimizers) two state tensors as large as the weights.
+        taken = {id(p): p for o in optimizers for g in o.param_groups for p in g["params"]}
+        if group.worker.is_first and group.worker.device == "cpu":
+            scripts = [tree.script_of(group.worker.replicas(options.num_replicas), options.num_replicas)]
+            factor = 3 + group.worker.size * scripts[0].num_buffers
+            check_fits(sum(p.numel() * p.element_size() for p in taken.values()) * factor, "training state")
+        self.trained = [Trained(optimizer, names, group, options) for optimizer in optimizers]
+        self._frozen = self._share_frozen(names, set(taken), group)
+        self.buffers = Buffers(self.modules, group, options.num_replicas, options.buffers)
+        weights = [t.weights for t in self.trained] + self._frozen
+        self.guard = Guard(modules, weights, group.worker.rank)
+        self._weights = weights
+        self._held = {id(p) for w in weights for p in w.parameters}
+
+    def named_tensors(self) -> list[tuple[str, torch.Tensor]]:
+        """Return all parameters and buffers of the modules, then parameters that only an optimizer holds."""
+        named = [
+            (prefix + name, tensor)
+            for prefix, module in self.modules
+            for name, tensor in (*module.named_parameters(), *module.named_buffers())
+        ]
+        seen = {id(tensor) for _, tensor in named}
+        for trained in self.trained:
+            pairs = zip(trained.weights.names, trained.weights.parameters, strict=True)
+            named += [(name, p) for name, p in pairs if id(p) not in seen]
+        return named
+
+    def holds(self, parameter: torch.Tensor) -> bool:
+        """Return whether `parameter` lies in the group's memory."""
+        return id(parameter) in self._held
+
+    def detach(self) -> None:
+        """Point every shared parameter at a copy of its own; see `attach`."""
+        for weights in self._weights:
+            for parameter in weights.parameters:
+                parameter.data = parameter.data.clone()
+
+    def attach(self, write: bool) -> None:
+        """Point every shared parameter at its place again; where it pointed elsewhere, take its values if `write`."""
+        for weights in self._weights:
+            for parameter, view in zip(weights.parameters, weights.views, strict=True):
+                if parameter.data_ptr() != view.data_ptr():
+                    if write:
+                        view.copy_(parameter.data)
+                    parameter.data = view.detach()
+
+    def share_weights(self) -> None:
+        """Give every worker the first worker's weights. Collective."""
+        whole = self._group.worker.size - 1
+        for weights in self._weights:
+            num_bytes = weights.memory.numel()
+            self._group.share(weights.memory, [range(num_bytes), *[range(num_bytes, num_bytes)] * whole])
+
+    def state_bytes(self) -> int:
+        """Return bytes of the training state on all workers of the group: weights, gradients, optimizer state."""
+        weights = sum(w.memory.numel() for w in self._weights)
+        return weights + sum(t.area_bytes + t.state_bytes() for t in self.trained)
+
+    def _names(self, optimizers: Sequence[torch.optim.Optimizer]) -> dict[int, str]:
+        names = {id(p): prefix + n for prefix, module in self.modules for n, p in module.named_parameters()}
+        for number, optimizer in enumerate(optimizers):
+            for index, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+                names.setdefault(id(p), f"optimizer {number} parameter {index}")
+        everything = {id(p): p for o in optimizers for g in o.param_groups for p in g["params"]}
+        for _, module in self.modules:
+            everything.update({id(p): p for p in module.parameters()})
+        check_separate([names[key] for key in everything], list(everything.values()))
+        return names
+
+    def _check_same(self, group: Group) -> None:
+        """Compare all tensors with the first worker's."""
+        mine = [
+            [prefix + name, wire.name_of(t.dtype), list(t.shape), tensor_digest(t)]
+            for prefix, module in self.modules
+            for name, t in (*module.named_parameters(), *module.named_buffers())
+        ]
+        first = wire.unpack(group.exchange(wire.pack(mine))[0])
+        for ours, theirs in zip(mine, first, strict=False):
+            if ours != theirs:
+                what = "values" if ours[:3] == theirs[:3] else f"{ours[1]}{ours[2]} against {theirs[1]}{theirs[2]}"
+                raise MismatchError(
+                    f"Worker {group.worker.rank} built another model than worker 0: the first tensor that differs is "
+                    f"{ours[0]!r} ({what}). Build the model inside main without clocks, own generators or "
+                    f"run.worker; the global generators are seeded alike on every worker."
+                )
+        if len(mine) != len(first):
+            raise MismatchError(
+                f"Worker {group.worker.rank} built a model of {len(mine)} tensors, worker 0 one of {len(first)}."
+            )
+
+    def _share_frozen(self, names: Mapping[int, str], taken: set[int], group: Group) -> list[Weights]:
+        """Share the parameters that no optimizer holds, in modules of which one holds others."""
+        frozen: dict[int, torch.nn.Parameter] = {}
+        for _, module in self.modules:
+            own = {id(p): p for p in module.parameters()}
+            if own.keys() & taken:
+                frozen.update({key: p for key, p in own.items() if key not in taken})
+        if not frozen:
+            return []
+        layout = lay_out([shape_of(p, divisible=False) for p in frozen.values()], group.worker.size)
+        return [Weights(group, [names[key] for key in frozen], list(frozen.values()), layout)]
+
+
+def _check_things(modules: Sequence[Any], optimizers: Sequence[Any], others: Sequence[Any]) -> None:
+    for thing in others:
+        if not (hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")):
+            raise UsageError(
+                f"run.replicate was given a {type(thing).__name__}, which has no state_dict and load_state_dict. "
+                f"Give it modules, optimizers, schedulers, and what else has both."
+            )
+    if not optimizers:
+        raise UsageError("run.replicate needs at least one optimizer: run.replicate(model, optimizer).")
+    owners: dict[int, int] = {}
+    for number, optimizer in enumerate(optimizers):
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            if owners.setdefault(id(p), number) != number:
+                raise UsageError("Two optimizers hold the same parameter. Give each its own.")
+    for module in modules:
+        for name, p in (*module.named_parameters(), *module.named_buffers()):
+            if isinstance(p, torch.nn.parameter.UninitializedTensorMixin):
+                raise UsageError(f"{name!r} has no shape yet. Run the model once on a sample before run.replicate.")
+
+
+def _for_all(layout: Layout, num_workers: int) -> Layout:
+    """Return `layout` with empty runs for workers that own nothing."""
+    missing = num_workers - len(layout.runs)
+    if not missing:
+        return layout
+    nothing = range(layout.num_bytes, layout.num_bytes)
+    no_sums = range(layout.sum_bytes, layout.sum_bytes)
+    return replace(
+        layout,
+        chunks=layout.chunks + ((),) * missing,
+        runs=layout.runs + (nothing,) * missing,
+        sum_runs=layout.sum_runs + (no_sums,) * missing,
+    )

@@ -1,0 +1,36 @@
+"""A worker: a process bound to a device, and the run of replicas that it plays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+def run_of(rank: int, num_workers: int, num_items: int) -> range:
+    """Return the contiguous run of `num_items` items that worker `rank` of `num_workers` takes."""
+    return range(rank * num_items // num_workers, (rank + 1) * num_items // num_workers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worker:
+    """Facts of one worker; no other object holds a rank.
+
+    Attributes:
+        rank: index of the worker in the run, 0 .. size - 1.
+        size: number of workers in the run (the world size).
+        device: a torch device string, "cpu" or "cuda:0".
+        local_rank: index among the workers of this host.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: str = "cpu"
+    local_rank: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this worker speaks for the run (rank 0)."""
+        return self.rank == 0
+
+    def replicas(self, num_replicas: int) -> range:
+        """Return the run of replicas this worker plays."""
+        return run_of(self.rank, self.size, num_replicas)

@@ -1,0 +1,10 @@
+"""Which sample goes where, and how it gets there.
+
+    permutation   the order of an epoch: a pure function of (number of samples, key)
+    split         positions of that order -> steps -> shards
+    source        anything that holds samples -> the batch of one shard
+    loading       requests for shards -> shards, read here or ahead in loader processes
+    proof         sample ids that were read -> "each sample exactly once"
+
+`permutation`, `split` and `proof` import no torch: the planner and the tests use them as training does.
+"""

@@ -1,0 +1,43 @@
+"""The tree of errors. Each message says what was set, what it clashes with, and what to do."""
+
+from __future__ import annotations
+
+
+class SamestepError(Exception):
+    """Base of every error that samestep raises on purpose."""
+
+
+class SettingsError(SamestepError, ValueError):
+    """Settings that clash with each other or with the machine."""
+
+
+class UsageError(SamestepError, RuntimeError):
+    """The training loop used the API in an order that cannot work."""
+
+
+class DataError(SamestepError, RuntimeError):
+    """A data source, sample or collate function failed."""
+
+
+class NonFiniteError(SamestepError, ArithmeticError):
+    """A loss or gradient is NaN or infinite."""
+
+
+class MismatchError(SamestepError, RuntimeError):
+    """Workers, or a run and its checkpoint, do not hold the same thing."""
+
+
+class EditedWeightsError(SamestepError, RuntimeError):
+    """Weights were changed outside `update` and outside `run.edit()`."""
+
+
+class CheckpointError(SamestepError, RuntimeError):
+    """A checkpoint could not be written, read or verified."""
+
+
+class WorkerError(SamestepError, RuntimeError):
+    """A worker of the run failed; the message holds its own error."""
+
+
+class PeerError(SamestepError, ConnectionError):
+    """Another worker is gone, so this one cannot go on. Never the first cause."""

@@ -1,0 +1,162 @@
+"""A run's state to a checkpoint and back: weights, optimizer state, whatever else is registered, and the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from samestep.core import checkpoint, wire
+from samestep.core.group import Group
+from samestep.core.model import Model
+from samestep.errors import CheckpointError, MismatchError
+
+
+class Archive:
+    """Saves and restores what was replicated."""
+
+    def __init__(self, model: Model, group: Group):
+        self._model = model
+        self._group = group
+
+    def save(self, folder: str, step: int, facts: dict[str, Any], keep: int | None) -> None:
+        """Write a checkpoint. Collective; the first worker writes.
+
+        Args:
+            folder: the run's folder.
+            step: committed steps.
+            facts: what else the run needs to go on.
+            keep: how many checkpoints to keep there, or None for all.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        states = [trained.update.full_state() for trained in self._model.trained]
+        failure = ""
+        if self._group.worker.is_first:
+            try:
+                self._write(folder, step, facts, keep, states)
+            except (CheckpointError, TypeError) as error:
+                failure = str(error)
+        # Also keeps the others from changing the weights while they are written.
+        failure = self._group.exchange(failure.encode())[0].decode()
+        if failure:
+            raise CheckpointError(failure)
+
+    def restore(self, saved: checkpoint.Checkpoint) -> None:
+        """Set everything that is registered to what `saved` holds. Collective.
+
+        Raises:
+            MismatchError: it holds another model.
+        """
+        self._check(saved)
+        writes = self._group.worker.is_first or not self._group.shares_memory
+        self._group.exchange(b"")
+        facts = saved.facts["model"]
+        targets = self._tensors()
+        for name, tensor in (*saved.weights.items(), *saved.state.items()):
+            target = targets.get(name)
+            if target is not None and (writes or not self._is_shared(target)):
+                with torch.no_grad():
+                    target.copy_(tensor)
+        for number, trained in enumerate(self._model.trained):
+            self._restore_optimizer(trained, facts["optimizers"][number], saved.state, f"optimizer.{number}.")
+        for other, state in zip(self._model.others, facts["others"], strict=True):
+            other.load_state_dict(state)
+        for prefix, module in self._model.modules:
+            for path, extra in facts["extras"].get(prefix, {}).items():
+                module.get_submodule(path).set_extra_state(extra)
+        self._group.exchange(b"")
+        self._model.guard.accept()
+
+    def _write(self, folder: str, step: int, facts: dict[str, Any], keep: int | None, states: list) -> None:
+        weights, state = {}, {}
+        extras: dict[str, dict[str, Any]] = {}
+        for prefix, module in self._model.modules:
+            for name, value in module.state_dict().items():
+                if isinstance(value, torch.Tensor):
+                    weights[prefix + name] = value
+                else:
+                    extras.setdefault(prefix, {})[name.removesuffix("_extra_state").removesuffix(".")] = value
+        for name, tensor in self._model.named_tensors():
+            if name not in weights:
+                state[name] = tensor
+        optimizers = []
+        for number, (trained, full) in enumerate(zip(self._model.trained, states, strict=True)):
+            numbers: dict[int, dict[str, Any]] = {}
+            for index, values in full.items():
+                numbers[index] = {}
+                for key, value in values.items():
+                    if isinstance(value, torch.Tensor):
+                        state[f"optimizer.{number}.{index}.{key}"] = value
+                    else:
+                        numbers[index][key] = value
+            groups = [{k: v for k, v in g.items() if k != "params"} for g in trained.optimizer.param_groups]
+            optimizers.append({"numbers": numbers, "groups": groups, "name": type(trained.optimizer).__name__})
+        others = [_portable(other.state_dict()) for other in self._model.others]
+        model = {"optimizers": optimizers, "others": others, "extras": extras}
+        path = checkpoint.write(folder, step=step, weights=weights, state=state, facts={**facts, "model": model})
+        if keep is not None:
+            checkpoint.keep(folder, keep, trusted=path)
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        named = dict(self._model.named_tensors())
+        for prefix, module in self._model.modules:
+            for name, value in module.state_dict(keep_vars=True).items():
+                if isinstance(value, torch.Tensor):
+                    named[prefix + name] = value
+        return named
+
+    def _is_shared(self, tensor: torch.Tensor) -> bool:
+        return isinstance(tensor, torch.nn.Parameter) and self._model.holds(tensor)
+
+    def _check(self, saved: checkpoint.Checkpoint) -> None:
+        """Compare names, shapes and dtypes, and the optimizers, with the model at hand."""
+        here = {n: t for n, t in self._tensors().items()}
+        there = {n: t for n, t in {**saved.state, **saved.weights}.items() if not n.startswith("optimizer.")}
+        there |= {n: t for n, t in saved.state.items() if n in here}
+        for name in [*here, *there]:
+            mine, theirs = _shown(here.get(name)), _shown(there.get(name))
+            if mine != theirs:
+                raise MismatchError(
+                    f"The checkpoint {saved.path} is of another model: {name!r} is {theirs} there and {mine} here. "
+                    f"Build the same model, or start anew in another folder."
+                )
+        names = [o["name"] for o in saved.facts["model"]["optimizers"]]
+        mine_names = [type(t.optimizer).__name__ for t in self._model.trained]
+        if names != mine_names or len(saved.facts["model"]["others"]) != len(self._model.others):
+            raise MismatchError(
+                f"The checkpoint {saved.path} was made with optimizers {names} and "
+                f"{len(saved.facts['model']['others'])} other registered objects; here are {mine_names} and "
+                f"{len(self._model.others)}. Give run.replicate the same things in the same order."
+            )
+
+    def _restore_optimizer(self, trained: Any, facts: dict, state: Mapping[str, torch.Tensor], prefix: str) -> None:
+        full: dict[int, dict[str, Any]] = {int(i): dict(numbers) for i, numbers in facts["numbers"].items()}
+        for name, tensor in state.items():
+            if name.startswith(prefix):
+                index, _, key = name.removeprefix(prefix).partition(".")
+                full.setdefault(int(index), {})[key] = tensor
+        for group, settings in zip(trained.optimizer.param_groups, facts["groups"], strict=True):
+            group.update(settings)
+        trained.update.load(full)
+
+
+def _portable(state: Any) -> Any:
+    """Return `state` if it can be written without pickle.
+
+    Raises:
+        CheckpointError: it cannot; says what is in it.
+    """
+    try:
+        wire.pack(state)
+    except TypeError as error:
+        raise CheckpointError(f"A registered object's state cannot be saved: {error}") from error
+    return state
+
+
+def _shown(tensor: torch.Tensor | None) -> str:
+    if tensor is None:
+        return "absent"
+    return f"{wire.name_of(tensor.dtype)}{list(tensor.shape)}"

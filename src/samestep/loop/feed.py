@@ -1,0 +1,104 @@
+"""One data set as a run feeds it to its steps: the order of each epoch, the shards, the count of what was read."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from samestep.core.randomness import key, seed_sample
+from samestep.core.worker import Worker
+from samestep.data.loading import Request, Shard, load
+from samestep.data.permutation import Identity, Order, Permutation
+from samestep.data.proof import Coverage, Proof, SampleCount
+from samestep.data.source import Source
+from samestep.data.split import Slice, shard_bounds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How shards are read.
+
+    Attributes:
+        seed: of the run.
+        shuffle: whether an epoch's order is a permutation.
+        num_replicas: shards per batch.
+        worker: whose shards are read.
+        loaders: processes that read ahead.
+    """
+
+    seed: int
+    shuffle: bool
+    num_replicas: int
+    worker: Worker
+    loaders: int
+
+
+class Feed:
+    """Feeds one data set; epochs go on counting from one `run.steps` to the next.
+
+    Attributes:
+        data: what the user gave; kept so that its identity stays its own.
+        coverage: what the committed steps were due to read.
+        read: what this worker read for committed steps.
+    """
+
+    def __init__(self, data: Any, num_samples: int, seed: int):
+        self.data = data
+        self.num_samples = num_samples
+        self.coverage = Coverage(num_samples)
+        self.read = SampleCount()
+        self._seed = seed
+        self._shuffle = True
+        self._orders: dict[int, Order] = {}
+
+    def order(self, epoch: int) -> Order:
+        """Return the order of an epoch."""
+        if epoch not in self._orders:
+            if len(self._orders) > 3:
+                self._orders.pop(min(self._orders))
+            permuted = Permutation(self.num_samples, key(6, self._seed, epoch)) if self._shuffle else None
+            self._orders[epoch] = permuted if permuted is not None else Identity(self.num_samples)
+        return self._orders[epoch]
+
+    def batches(
+        self, source: Source, slices: Iterator[Slice], reading: Reading
+    ) -> Iterator[tuple[Slice, Sequence[Shard | None]]]:
+        """Yield each batch with the shards that the worker plays (None where empty). Close it to end the loaders."""
+        ahead: deque[Slice] = deque()
+        mine = reading.worker.replicas(reading.num_replicas)
+
+        def requests() -> Iterator[Request]:
+            for batch in slices:
+                ahead.append(batch)
+                bounds = shard_bounds(batch.start, batch.stop, reading.num_replicas)[mine.start : mine.stop]
+                first, last = (bounds[0][0], bounds[-1][1]) if bounds else (0, 0)
+                ids = self.order(batch.epoch).ids(first, last)
+                yield Request(batch.epoch, tuple(ids[a - first : b - first] for a, b in bounds))
+
+        shards = load(source, requests(), loaders=reading.loaders, seed=reading.seed, seed_sample=seed_sample)
+        try:
+            for loaded in shards:
+                yield ahead.popleft(), loaded
+        finally:
+            shards.close()
+
+    def use_shuffle(self, shuffle: bool) -> None:
+        """Set whether epochs are permuted, from now on."""
+        if shuffle != self._shuffle:
+            self._shuffle = shuffle
+            self._orders.clear()
+
+    def commit(self, batch: Slice, shards: Sequence[Shard | None] | None) -> None:
+        """Count a committed step's samples, from the ids that were read (None in a replay: read before)."""
+        self.coverage.add(batch)
+        for shard in shards or ():
+            if shard is not None:
+                self.read += SampleCount.of(batch.epoch, np.asarray(shard.ids))
+
+    def proof(self, read: SampleCount) -> Proof:
+        """Compare what all workers read with what was due."""
+        return Proof.of(self.coverage, read, self.order)

@@ -1,0 +1,97 @@
+"""What a run remembers of itself, for progress while it goes and for the summary at its end."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from samestep.core.clock import PHASES, Clock
+from samestep.core.digest import tensor_digest
+from samestep.core.memory import pss_bytes
+from samestep.core.worker import Worker
+from samestep.loop.reporter import Reporter
+
+_PROGRESS_SECONDS = 0.2
+
+
+class Record:
+    """One worker's record of the run.
+
+    Attributes:
+        num_steps: committed steps, replayed ones included.
+        notes: sentences for the summary.
+        logged: the latest numbers given to `run.log`.
+    """
+
+    def __init__(self, worker: Worker, reporter: Reporter, clock: Clock):
+        self._worker = worker
+        self._reporter = reporter
+        self._clock = clock
+        self._told = 0.0
+        self._trained_seconds = 0.0
+        self._num_samples = 0
+        self._memory: list[int] = []
+        self.num_steps = 0
+        self.notes: list[str] = []
+        self.logged: dict[str, float] = {}
+
+    def note(self, text: str) -> None:
+        """Keep a sentence for the summary, and tell it now."""
+        self.notes.append(text)
+        if self._worker.is_first:
+            self._reporter.note(text)
+
+    def committed(self, num_samples: int, seconds: float) -> None:
+        """Take a step that was really made (not replayed).
+
+        Args:
+            num_samples: of the batch.
+            seconds: from the wait for its data to the end of the user's code after it.
+        """
+        self._num_samples += num_samples
+        self._trained_seconds += seconds
+        if self.num_steps & (self.num_steps - 1) == 0:
+            self.sample_memory()
+
+    def sample_memory(self) -> None:
+        """Note the memory this worker takes now."""
+        self._memory.append(pss_bytes() or 0)
+
+    def progress(self, frame: dict[str, Any], last: bool = False) -> None:
+        """Tell how far the run is, a few times a second."""
+        now = time.monotonic()
+        if self._worker.is_first and (last or now - self._told >= _PROGRESS_SECONDS):
+            self._told = now
+            speed = self._num_samples / self._trained_seconds if self._trained_seconds else None
+            self._reporter.progress({**frame, "samples_per_second": speed, "logged": dict(self.logged)})
+
+    def trace(self, step: int, loss: float, tensors: list[tuple[str, torch.Tensor]]) -> None:
+        """Tell the digests of all tensors after a step."""
+        if self._worker.is_first:
+            digests = {name: tensor_digest(tensor) for name, tensor in tensors}
+            self._reporter.trace({"step": step, "loss": loss, "tensors": digests})
+
+    def facts(self) -> dict[str, Any]:
+        """Return this worker's part of the summary."""
+        self.sample_memory()
+        return {
+            "seconds": dict(self._clock.seconds),
+            "memory": self._memory,
+            "trained_seconds": self._trained_seconds,
+            "samples": self._num_samples,
+        }
+
+
+def combined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what all workers' facts amount to."""
+    first = parts[0]
+    peak = max((sum(column) for column in zip(*(p["memory"] for p in parts), strict=False)), default=0)
+    speed = first["samples"] / first["trained_seconds"] if first["trained_seconds"] else 0.0
+    return {
+        "seconds": {phase: sum(p["seconds"][phase] for p in parts) / len(parts) for phase in PHASES},
+        "peak_memory_bytes": peak,
+        "samples": first["samples"],
+        "samples_per_second": speed,
+    }

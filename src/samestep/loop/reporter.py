@@ -1,0 +1,31 @@
+"""Where a run tells how far it is. The launcher gives one that writes to its supervisor."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+
+class Reporter(Protocol):
+    """Takes facts from the first worker; calls are cheap and never block for long."""
+
+    def progress(self, frame: dict[str, Any]) -> None:
+        """Take how far the run is: step, steps, epoch, epochs, loss, samples_per_second, logged."""
+
+    def note(self, text: str) -> None:
+        """Take a sentence for the user."""
+
+    def trace(self, frame: dict[str, Any]) -> None:
+        """Take the digests of one step: step, loss, tensors."""
+
+
+class Silent:
+    """A reporter that drops everything."""
+
+    def progress(self, frame: dict[str, Any]) -> None:
+        """Drop it."""
+
+    def note(self, text: str) -> None:
+        """Drop it."""
+
+    def trace(self, frame: dict[str, Any]) -> None:
+        """Drop it."""

@@ -1,0 +1,362 @@
+"""What `main` is given: one worker's view of the run.
+
+Every method is called by all workers alike. During a replay (a resumed run executes `main` from its first line)
+committed calls give what the ledger recorded, and the registered state is loaded after the last of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from samestep.agree.synchronous import Outcome, Part, Synchronous
+from samestep.core.calls import line_of_user
+from samestep.core.checkpoint import load_newest
+from samestep.core.digest import tensors_digest
+from samestep.core.model import Model, Options
+from samestep.core.randomness import seed_evaluation, seed_step
+from samestep.data.shard import Shard
+from samestep.data.source import as_source
+from samestep.data.split import Slice, schedule
+from samestep.errors import UsageError
+from samestep.loop.evaluation import Evaluation, evaluating, on_device
+from samestep.loop.feed import Feed, Reading
+from samestep.loop.session import Session
+from samestep.loop.step import Step
+
+
+class Run:
+    """One worker's view of the run.
+
+    Attributes:
+        worker: this worker; for logging. Results must not depend on it.
+        recipe: what the result is a function of.
+        num_replicas: number of replicas.
+    """
+
+    def __init__(self, session: Session):
+        """Take what `settings` put together."""
+        self._session = session
+        self.worker = session.worker
+        self.recipe = session.recipe
+        self.num_replicas = session.num_replicas
+        self.clock = session.clock
+        self.replicas_here = session.worker.replicas(session.num_replicas)
+        self._num_evaluations = 0
+        self._step: Step | None = None
+        self._agreed: Any = None
+
+    @property
+    def model(self) -> Model:
+        if self._session.model is None:
+            raise UsageError("Nothing is replicated yet. Call run.replicate(model, optimizer) first.")
+        return self._session.model
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the run began, by the first worker's clock; the same on every worker, and in a replay."""
+        return self._session.recorded("elapsed", lambda: self._session.of_first("elapsed", self.clock.elapsed))
+
+    def replicate(
+        self,
+        *things: Any,
+        agree: Synchronous | None = None,
+        buffers: str | Mapping[str, str] = "mean",
+        arrivals: str = "auto",
+    ) -> None:
+        """Make identical replicas of modules and optimizers on every worker, and register all for checkpoints.
+
+        Parameters of modules of which an optimizer holds some are moved into memory that the workers of a host share.
+        Other modules (an EMA copy, a frozen teacher) stay private to each worker, and must be changed alike on all.
+
+        Args:
+            things: modules, optimizers, schedulers, and whatever else has a state_dict.
+            agree: how replicas agree; `Synchronous()` by default.
+            buffers: "mean" or "first", or a dict of them by name pattern: how buffers of replicas are merged.
+            arrivals: "many" where a parameter's gradient arrives several times in some shards only.
+
+        Raises:
+            UsageError, MismatchError, SettingsError: something cannot be replicated, or workers built it differently.
+        """
+        if self._session.model is not None:
+            raise UsageError("run.replicate was called twice. Give it everything in one call.")
+        if arrivals not in ("auto", "many"):
+            raise UsageError(f"You set arrivals={arrivals!r}; use 'auto' or 'many'.")
+        options = Options(
+            num_replicas=self.num_replicas,
+            threads=self.recipe.threads,
+            buffers=buffers,
+            many_arrivals=arrivals == "many",
+        )
+        session = self._session
+        session.model = Model(things, session.group, options)
+        bound = agree if agree is not None else Synchronous()
+        self._agreed = bound.bind(session.model, session.group, session.calls, session.clock)
+        session.resume()
+
+    def steps(
+        self,
+        data: Any,
+        batch_size: int | Callable[[int], int],
+        epochs: int | None = None,
+        *,
+        steps: int | None = None,
+        shuffle: bool = True,
+        collate: Callable[[list], Any] | None = None,
+        loaders: int = 0,
+        drop_last: bool = False,
+    ) -> Iterator[Step]:
+        """Return the steps over `data`. Called again for the same data, epochs go on counting.
+
+        Args:
+            data: a map-style dataset, a list, an array or tensor, or a tuple or dict of arrays or tensors.
+            batch_size: samples per step over all replicas, or a function of the step's number.
+            epochs: how many epochs; or
+            steps: how many steps.
+            shuffle: whether each epoch has an order of its own (a function of seed and epoch), or the data's.
+            collate: a list of samples -> a batch; torch's default_collate by default.
+            loaders: processes per worker that read ahead.
+            drop_last: leave out an epoch's last batch where it would be short.
+
+        Raises:
+            SettingsError, UsageError: settings that clash.
+        """
+        self.model  # noqa: B018  raises if nothing is replicated
+        session = self._session
+        source = as_source(data, collate)
+        feed = session.feed(data, len(source))
+        feed.use_shuffle(shuffle)
+        slices = schedule(
+            len(source),
+            batch_size,
+            first_step=session.record.num_steps,
+            first_epoch=feed.coverage.next_epoch,
+            epochs=epochs,
+            steps=steps,
+            drop_last=drop_last,
+        )
+        given = batch_size if isinstance(batch_size, int) else "a function"
+        session.check_data({"samples": len(source), "batch_size": given, "shuffle": shuffle, "drop_last": drop_last})
+        reading = Reading(
+            seed=self.recipe.seed,
+            shuffle=shuffle,
+            num_replicas=self.num_replicas,
+            worker=self.worker,
+            loaders=loaders,
+        )
+        session.plan(len(source), batch_size, epochs, steps)
+        return self._steps(feed, source, slices, reading)
+
+    def mean(self, fn: Callable[[Any], Any], data: Any, batch_size: int, collate: Any = None) -> Any:
+        """Return the mean of `fn` over all samples of `data`: each once, same bits for every number of workers.
+
+        Modules are in eval mode and without gradients meanwhile.
+
+        Args:
+            fn: batch -> a scalar mean over it, one value per sample, or a dict of these.
+            data: as in `steps`.
+            batch_size: samples that `fn` is given at a time.
+            collate: as in `steps`.
+
+        Returns:
+            A float, or a dict of floats.
+        """
+        return self._evaluate("mean", fn, data, batch_size, collate)
+
+    def gather(self, fn: Callable[[Any], Any], data: Any, batch_size: int, collate: Any = None) -> Any:
+        """Return the per-sample results of `fn`, in the order of `data`, on every worker.
+
+        Args:
+            fn: batch -> a tensor or array with one row per sample, or a list with one entry per sample.
+            data: as in `steps`.
+            batch_size: samples that `fn` is given at a time.
+            collate: as in `steps`.
+        """
+        return self._evaluate("gather", fn, data, batch_size, collate)
+
+    def once(self, fn: Callable[[], Any]) -> Any:
+        """Let one worker call `fn`, and return its result on all. The result is recorded.
+
+        Args:
+            fn: returns None, numbers, text, tensors, arrays, or lists, tuples and dicts of these.
+        """
+        self._outside_shard("run.once")
+        result = self._session.recorded("once", lambda: self._session.of_first("once", fn))
+        self._reseed()
+        return result
+
+    @contextmanager
+    def edit(self) -> Iterator[None]:
+        """Let the weights be edited in place inside the `with` block.
+
+        The block runs on every worker, but what it does to shared weights counts once: that of the first worker.
+        """
+        self._outside_shard("run.edit")
+        session, model = self._session, self.model
+        if session.replaying:
+            yield
+            return
+        session.calls.meet("run.edit", line_of_user())
+        model.guard.check()
+        writes = self.worker.is_first or not session.group.shares_memory
+        if not writes:
+            model.detach()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            model.attach(write=writes)
+        session.calls.meet("run.edit (end)", "")
+        if not session.group.shares_memory:
+            model.share_weights()
+        model.guard.accept()
+
+    def save(self, path: str) -> None:
+        """Write a checkpoint of everything registered into folder `path`. It can be resumed from."""
+        self._outside_shard("run.save")
+        self.model  # noqa: B018
+        self._session.save(str(path), line_of_user())
+
+    def load(self, path: str) -> None:
+        """Load weights and all registered state from a checkpoint, without going back to its step.
+
+        Raises:
+            CheckpointError: there is no good one. MismatchError: it is of another model.
+        """
+        self._outside_shard("run.load")
+        self.model  # noqa: B018
+        self._session.recorded("load", lambda: self._session.archive.restore(load_newest(path)[0]))
+
+    def log(self, **scalars: float) -> None:
+        """Show numbers in the progress line and keep the latest for the summary. Silent in a replay."""
+        if not self._session.replaying:
+            self._session.record.logged.update({k: float(v) for k, v in scalars.items()})
+
+    def digest(self) -> str:
+        """Return the digest of all weights and buffers, 32 hexadecimal digits."""
+        return tensors_digest(self.model.named_tensors())
+
+    def update(self, step: Step, part: Part, where: str, choices: tuple) -> Outcome:
+        """Make one update for `step`; called by `Step.update`."""
+        session, model = self._session, self.model
+        index = _index_of([t.optimizer for t in model.trained], choices[0])
+        optimizer, scaler = model.trained[index].optimizer, choices[2]
+        request = None if session.replaying else step.request(where, index, choices)
+        if scaler is not None and scaler.is_enabled() and step.pass_ == 0:
+            session.require_scaler(scaler)
+
+        def make() -> list:
+            made = self._agreed.update(request, part)
+            return [made.loss, made.grad_norm, made.means, made.skipped]
+
+        for hook in session.user_hooks(optimizer, before=True):
+            hook(optimizer, (), {})
+        before = self.clock.to("update")
+        outcome = Outcome(*session.recorded("update", make, where))
+        self.clock.to(before)
+        if scaler is not None and scaler.is_enabled():
+            _update_scale(scaler, optimizer, outcome.skipped, self.worker.device)
+        optimizer._opt_called = True  # what a scheduler looks at before it warns that the optimizer never stepped
+        for hook in session.user_hooks(optimizer, before=False):
+            hook(optimizer, (), {})
+        return outcome
+
+    def ids(self, batch: Slice, start: int, stop: int) -> Any:
+        """Return the sample ids at positions [start, stop) of the batch's epoch."""
+        return self._session.current_feed.order(batch.epoch).ids(start, stop)
+
+    def _steps(self, feed: Feed, source: Any, slices: Iterator[Slice], reading: Reading) -> Iterator[Step]:
+        session = self._session
+        while session.replaying:
+            batch = next(slices, None)
+            if batch is None:
+                session.after_step(last=True)
+                return
+            yield from self._one(feed, batch, None)
+            session.after_step(last=False)
+        stream = feed.batches(source, slices, reading)
+        try:
+            while True:
+                begin = time.perf_counter()
+                before = self.clock.to("data")
+                batch, shards = next(stream, (None, None))
+                self.clock.to(before)
+                if batch is None:
+                    break
+                yield from self._one(feed, batch, shards)
+                session.record.committed(batch.size, time.perf_counter() - begin)
+                session.after_step(last=False)
+        finally:
+            stream.close()
+        session.after_step(last=True)
+
+    def _one(self, feed: Feed, batch: Slice, shards: Sequence | None) -> Iterator[Step]:
+        """Yield one step and see that it was updated."""
+        session = self._session
+        session.current_feed = feed
+        seed_step(self.recipe.seed, batch.number)
+        if shards is not None and self.worker.device != "cpu":
+            shards = [s and Shard(s.ids, on_device(s.batch, self.worker.device)) for s in shards]
+        self._step = Step(self, batch, shards)
+        yield self._step
+        if not self._step.updated:
+            raise UsageError(
+                f"Step {batch.number} was not updated. Call step.update() after `for batch in step: ...`, once for "
+                f"each time the step is iterated."
+            )
+        session.record.num_steps += 1
+        feed.commit(batch, shards)
+        session.tell(self._step, batch)
+        self._step = None
+
+    def _evaluate(self, kind: str, fn: Callable, data: Any, batch_size: int, collate: Any) -> Any:
+        self._outside_shard(f"run.{kind}")
+        where, session = line_of_user(), self._session
+
+        def make() -> Any:
+            before = self.clock.to("other")
+            with evaluating([module for _, module in self.model.modules]):
+                source = as_source(data, collate)
+                made = Evaluation(source, batch_size, self.worker, self.recipe.seed, self._num_evaluations)
+                result = getattr(made, kind)(fn, session.calls, where)
+            self.clock.to(before)
+            return result
+
+        result = session.recorded(kind, make, where)
+        self._reseed()
+        return result
+
+    def _reseed(self) -> None:
+        """Leave the generators the same on workers that ran different parts of a call, and in a replay."""
+        self._num_evaluations += 1
+        seed_evaluation(self.recipe.seed, self._num_evaluations, -1)
+
+    def _outside_shard(self, name: str) -> None:
+        if self._step is not None and self._step.in_shard:
+            raise UsageError(
+                f"{name} was called inside a shard, where workers differ in what they run. Call it between steps."
+            )
+
+
+def _index_of(optimizers: Sequence[torch.optim.Optimizer], given: torch.optim.Optimizer | None) -> int:
+    if given is None:
+        if len(optimizers) > 1:
+            raise UsageError(f"{len(optimizers)} optimizers are replicated: say which one, step.update(optimizer).")
+        return 0
+    for index, optimizer in enumerate(optimizers):
+        if optimizer is given:
+            return index
+    raise UsageError("step.update was given an optimizer that was not in run.replicate(...).")
+
+
+def _update_scale(scaler: Any, optimizer: Any, overflowed: bool, device: str) -> None:
+    """Let a GradScaler grow or shrink its scale, as after its own step."""
+    if scaler._scale is None:
+        scaler._lazy_init_scale_growth_tracker(torch.device(device))
+    found = torch.full((), float(overflowed), device=device)
+    scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {torch.device(device): found}
+    scaler.update()

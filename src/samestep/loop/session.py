@@ -1,0 +1,251 @@
+"""What a run is made of: the group, the ledger, the data sets, the model. `Run` is its face to the user."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from samestep.core import checkpoint, wire
+from samestep.core.calls import Calls, line_of_user
+from samestep.core.clock import Clock
+from samestep.core.digest import joined_digest, state_digest, tensors_digest
+from samestep.core.group import Group
+from samestep.core.ledger import Ledger
+from samestep.core.model import Model
+from samestep.data.proof import SampleCount
+from samestep.data.split import Slice
+from samestep.errors import MismatchError, UsageError
+from samestep.loop.archive import Archive
+from samestep.loop.feed import Feed
+from samestep.loop.recipe import Keeping, Recipe
+from samestep.loop.record import Record, combined
+from samestep.loop.reporter import Reporter
+
+
+class TraceEnded(Exception):
+    """The steps asked for by `verify` are done. Not an error."""
+
+
+class Session:
+    """The state of one worker's run.
+
+    Attributes:
+        recipe, keeping, group, worker: as given.
+        num_replicas: number of replicas.
+        clock, calls, ledger, record: see their classes.
+        model: None until `run.replicate`.
+        current_feed: the data set of the step at hand.
+    """
+
+    def __init__(self, recipe: Recipe, keeping: Keeping, group: Group, reporter: Reporter):
+        self.recipe = recipe
+        self.keeping = keeping
+        self.group = group
+        self.worker = group.worker
+        self.num_replicas = recipe.num_replicas(group.worker.size)
+        self.clock = Clock()
+        self.calls = Calls(group, self.clock)
+        self.ledger = Ledger()
+        self.record = Record(group.worker, reporter, self.clock)
+        self.model: Model | None = None
+        self.current_feed: Feed | None = None
+        self._saved: checkpoint.Checkpoint | None = None
+        self._feeds: dict[Any, Feed] = {}
+        self._planned: dict[str, Any] = {}
+        self._last_save = -1
+
+    @property
+    def archive(self) -> Archive:
+        """Saves and restores the model."""
+        assert self.model is not None
+        return Archive(self.model, self.group)
+
+    def resume(self) -> None:
+        """Begin to replay the checkpoint that was asked for, if any.
+
+        Raises:
+            CheckpointError: there is no good one. MismatchError: it is of another recipe.
+        """
+        if self.keeping.resume is None:
+            return
+        saved, skipped = checkpoint.load_newest(self.keeping.resume)
+        for path, reason in skipped:
+            self.record.note(f"Checkpoint {path} was skipped: {reason}")
+        there, here = saved.facts["recipe"], self.recipe.as_facts()
+        differing = [name for name in here if there.get(name) != here[name]]
+        if differing:
+            words = ", ".join(f"{name}={there.get(name)!r} there and {here[name]!r} here" for name in differing)
+            raise MismatchError(
+                f"The checkpoint {saved.path} was made with another recipe: {words}. Results would change. "
+                f"Use the same settings, or start anew in another folder."
+            )
+        self.ledger = Ledger.from_facts(saved.facts["ledger"])
+        self._saved = saved
+        self.record.note(f"Resumed from {saved.path}, after step {saved.step}.")
+
+    @property
+    def replaying(self) -> bool:
+        """Whether the script has not yet come to the point where the checkpoint was made."""
+        return self._saved is not None
+
+    def recorded(self, kind: str, make: Callable[[], Any], where: str | None = None) -> Any:
+        """Return what `make` gives, and record it; in a replay, what was recorded.
+
+        Raises:
+            MismatchError: another call was recorded here.
+        """
+        where = where if where is not None else line_of_user()
+        if self.ledger.replaying:
+            return self.ledger.next(kind, where)
+        if self._saved is not None:
+            raise MismatchError(
+                f"The script calls run.{kind} at {where} where the checkpoint {self._saved.path} was made: the script "
+                f"changed. Restore it, or start anew in another folder."
+            )
+        value = make()
+        self.ledger.append(kind, where, value)
+        return value
+
+    def of_first(self, kind: str, make: Callable[[], Any]) -> Any:
+        """Return on every worker what `make` gives on the first. Collective."""
+        frame = wire.pack(make()) if self.worker.is_first else b""
+        return wire.unpack(self.calls.meet(f"run.{kind}", line_of_user(), None, frame)[0][1])
+
+    def feed(self, data: Any, num_samples: int) -> Feed:
+        """Return the feed of `data`; the same one whenever the same data is given."""
+        key = tuple(map(id, data)) if isinstance(data, tuple) else id(data)
+        if key not in self._feeds:
+            self._feeds[key] = Feed(data, num_samples, self.recipe.seed)
+        return self._feeds[key]
+
+    def check_data(self, facts: dict[str, Any]) -> None:
+        """Record what the steps are made of; in a replay compare with what was recorded.
+
+        Raises:
+            MismatchError: the data or the batch size changed.
+        """
+        there = self.recorded("steps", lambda: facts)
+        differing = [f"{k}={there.get(k)!r} there and {facts[k]!r} here" for k in facts if there.get(k) != facts[k]]
+        if differing:
+            raise MismatchError(
+                f"The checkpoint's run had other data at this call of run.steps: {', '.join(differing)}. "
+                f"Use the same data and batch size, or start anew in another folder."
+            )
+
+    def plan(self, num_samples: int, batch_size: Any, epochs: int | None, steps: int | None) -> None:
+        """Note how long the steps will go on, for progress."""
+        per_epoch = -(-num_samples // batch_size) if isinstance(batch_size, int) else None
+        planned = steps if steps is not None else (per_epoch * epochs if per_epoch and epochs else None)
+        self._planned = {
+            "steps": self.record.num_steps + planned if planned is not None else None,
+            "epochs": epochs,
+        }
+
+    def tell(self, step: Any, batch: Slice) -> None:
+        """Report a committed step."""
+        frame = {"step": step.number + 1, "epoch": batch.epoch + 1, "loss": step.loss, **self._planned}
+        if self.replaying:
+            return
+        self.record.progress(frame)
+        if self.keeping.trace is not None:
+            assert self.model is not None
+            self.record.trace(step.number, step.loss, self.model.named_tensors())
+            if self.record.num_steps >= self.keeping.trace:
+                self.calls.meet("run.steps (trace)", "")
+                raise TraceEnded
+
+    def after_step(self, last: bool) -> None:
+        """Write a checkpoint if one is due: every so many steps, and when `run.steps` ends."""
+        if self._saved is not None:
+            if not self.ledger.replaying and self._saved.facts["made_by"] == "after_step":
+                self._restore(self._saved)
+            return
+        folder, every, done = self.keeping.checkpoint, self.keeping.every, self.record.num_steps
+        due = last or (every is not None and done % every == 0)
+        if folder is not None and due and done != self._last_save:
+            self._write(folder, "after_step", self.keeping.keep)
+
+    def save(self, folder: str, where: str) -> None:
+        """Write the checkpoint that the user asked for. Collective."""
+        if self._saved is not None and not self.ledger.replaying and self._saved.facts["made_by"] == "save":
+            self._restore(self._saved)
+            self.ledger.append("save", where, None)
+        else:
+            self.recorded("save", lambda: self._write(folder, "save", None), where)
+
+    def _write(self, folder: str, made_by: str, keep: int | None) -> None:
+        reads = [feed.read.state_dict() for feed in self._feeds.values()]
+        met = self.calls.meet("run.save", line_of_user(), reads)
+        facts = {
+            "recipe": self.recipe.as_facts(),
+            "ledger": self.ledger.to_facts(),
+            "made_by": made_by,
+            "reads": [total.state_dict() for total in _totals([value for value, _ in met])],
+            "elapsed": self.clock.elapsed(),
+        }
+        self.archive.save(folder, self.record.num_steps, facts, keep)
+        self._last_save = self.record.num_steps
+
+    def require_scaler(self, scaler: Any) -> None:
+        """See that a GradScaler is among what was replicated, or its scale would be lost at a resume."""
+        assert self.model is not None
+        if all(other is not scaler for other in self.model.others):
+            raise UsageError("Give the GradScaler to run.replicate(model, optimizer, scaler), so that it is saved too.")
+
+    def user_hooks(self, optimizer: Any, before: bool) -> Iterator[Callable]:
+        """Yield the step hooks that the user registered on an optimizer."""
+        hooks = optimizer._optimizer_step_pre_hooks if before else optimizer._optimizer_step_post_hooks
+        return iter([hook for hook in hooks.values() if hook.__module__ != "samestep.core.model"])
+
+    def finish(self, result: Any) -> dict[str, Any]:
+        """Return the facts of the summary; on the first worker all of them. Collective."""
+        if self.model is None:
+            raise UsageError("main ended without run.replicate(...): nothing was trained.")
+        self.ledger.check_finished()
+        if self._saved is not None:
+            raise MismatchError(f"The script ended before the point where the checkpoint {self._saved.path} was made.")
+        weights = tensors_digest(self.model.named_tensors())
+        states = [trained.update.full_state() for trained in self.model.trained]
+        mine = {"weights": weights, "reads": [feed.read.state_dict() for feed in self._feeds.values()]}
+        met = self.calls.meet("the end of main", "", {**self.record.facts(), **mine})
+        parts = [value for value, _ in met]
+        for rank, part in enumerate(parts):
+            if part["weights"] != parts[0]["weights"]:
+                raise MismatchError(
+                    f"Worker {rank} ended with other weights than worker 0 ({part['weights']} against "
+                    f"{parts[0]['weights']}). Was a module changed by code that depends on the worker?"
+                )
+        reads = _totals([p["reads"] for p in parts])
+        proofs = [feed.proof(read) for feed, read in zip(self._feeds.values(), reads, strict=True)]
+        return {
+            "weights_digest": weights,
+            "optimizer_digest": joined_digest((str(i), state_digest(s)) for i, s in enumerate(states)),
+            "samples_digest": joined_digest((str(i), p.read.digest) for i, p in enumerate(proofs)),
+            "samples_exactly_once": all(p.holds for p in proofs),
+            "samples_sentence": "; ".join(p.in_words() for p in proofs),
+            "steps": self.record.num_steps,
+            "replicas": self.num_replicas,
+            "workers": self.worker.size,
+            "threads": self.recipe.threads,
+            "seed": self.recipe.seed,
+            "device": self.worker.device,
+            "seconds_total": self.clock.elapsed(),
+            "state_bytes": self.model.state_bytes(),
+            "logged": self.record.logged,
+            "notes": self.record.notes,
+            **combined(parts),
+        }
+
+    def _restore(self, saved: checkpoint.Checkpoint) -> None:
+        """Load the registered state, and what was read before, at the point where it was saved."""
+        self._saved = None
+        self.archive.restore(saved)
+        for feed, read in zip(self._feeds.values(), saved.facts["reads"], strict=True):
+            feed.read = SampleCount.from_state(read) if self.worker.is_first else SampleCount()
+        self.clock.add(saved.facts["elapsed"])
+        self._last_save = self.record.num_steps
+
+
+def _totals(reads: list[list[dict[str, int]]]) -> list[SampleCount]:
+    """Return what all workers read, for each data set."""
+    return [sum(map(SampleCount.from_state, column), SampleCount()) for column in zip(*reads, strict=True)]

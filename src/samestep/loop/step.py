@@ -1,0 +1,251 @@
+"""One step as the user's loop sees it: iterate its shards, backward in each, then update.
+
+    for x, y in step:                      one shard per replica played here     hops [1] to [3]
+        step.backward(loss)
+    step.update()                          hops [4] to [8], in `agree`
+
+A step may be iterated again after an update (a GAN's second pass): the same shards, another pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from samestep.agree.synchronous import Outcome, Part, Request, unit_of
+from samestep.core.calls import line_of_user
+from samestep.core.randomness import seed_shard, seed_step
+from samestep.data.loading import Shard
+from samestep.data.split import Slice, shard_bounds
+from samestep.errors import UsageError
+
+if TYPE_CHECKING:
+    from samestep.loop.run import Run
+
+
+class Step:
+    """One synchronised update (or several, if iterated again after each).
+
+    Attributes:
+        number: counted over the whole run, from 0.
+        epoch: counted over the whole run, from 0.
+        ends_epoch: whether this is the epoch's last step.
+        size: samples in the batch.
+        loss: after `update`: weighted mean over the batch.
+        grad_norm: after `update(clip_norm=...)`: norm of all gradients before clipping. `clip_norm=math.inf` only
+            measures.
+        means: after `update`: weighted mean of each number given to `mean`.
+        skipped: after `update(scaler=...)`: whether it was skipped because a gradient overflowed.
+        pass_: how many updates this step has made.
+    """
+
+    def __init__(self, run: Run, slice_: Slice, shards: Sequence[Shard | None] | None):
+        self._run = run
+        self._slice = slice_
+        self._shards = shards
+        self.number = slice_.number
+        self.epoch = slice_.epoch
+        self.ends_epoch = slice_.ends_epoch
+        self.size = slice_.size
+        self.pass_ = 0
+        self.means: dict[str, float] = {}
+        self.skipped = False
+        self._outcome: Outcome | None = None
+        self._part = Part()
+        self._replica: int | None = None
+        self._state = "fresh"
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the batch of each shard played here.
+
+        Raises:
+            UsageError: the step was iterated before and not updated since.
+        """
+        if self._state not in ("fresh", "updated"):
+            raise UsageError(
+                f"Step {self.number} was iterated again at {line_of_user()} without step.update() in between, so its "
+                f"gradients would count twice. Call step.update() after each iteration."
+            )
+        self._state = "open"
+        if self._shards is None:
+            seed_step(self._run.recipe.seed, self.number)
+            self._state = "iterated"
+            return
+        yield from self._play()
+
+    def _play(self) -> Iterator[Any]:
+        run, model = self._run, self._run.model
+        self._part = Part()
+        for trained in model.trained:
+            trained.gradients.begin_pass()
+        model.buffers.begin_pass()
+        for index, (replica, shard) in enumerate(zip(run.replicas_here, self._shards, strict=True)):
+            for trained in model.trained:
+                trained.gradients.begin_shard(index)
+            if shard is not None:
+                model.buffers.begin_shard()
+                seed_shard(run.recipe.seed, self.number, self.pass_, replica)
+                self._replica, self._count = replica, len(shard.ids)
+                self._part.samples[replica] = self._count
+                before = run.clock.to("compute")
+                try:
+                    yield shard.batch
+                finally:
+                    self._replica = None
+                    run.clock.to(before)
+                if model.buffers.end_shard(replica):
+                    self._part.changed.append(replica)
+            for trained in model.trained:
+                trained.gradients.end_shard()
+        seed_step(run.recipe.seed, self.number)
+        self._state = "iterated"
+
+    def backward(self, loss: torch.Tensor, count: float | None = None) -> None:
+        """Run backward for this shard; call it inside `for ... in step`.
+
+        Args:
+            loss: scalar: the mean over the shard, or over `count` items. Or a vector of per-item losses. Several calls
+                in a shard add up.
+            count: items (tokens) that the loss is the mean of, where shards differ in more than samples; the batch's
+                gradient is then the mean over all items of all calls. In all calls of a step, or in none.
+
+        Raises:
+            UsageError: called outside a shard, or with something that is no loss.
+        """
+        if self._replica is None:
+            raise UsageError(
+                "step.backward was called outside of `for batch in step`. Call it for each shard, inside that loop."
+            )
+        loss, count = _as_mean(loss, count, self._count)
+        counted = count is not None
+        if self._part.counted not in (None, counted):
+            raise UsageError("count= was given to some calls of step.backward and not to others in one step.")
+        self._part.counted = counted
+        if count == 0:
+            self._part.losses.append((self._replica, 0.0, 0.0))
+            return
+        weight = count if counted else self._count
+        self._part.losses.append((self._replica, float(loss.detach()), weight))
+        share = count / unit_of(self.size) if counted else self._count / self.size
+        if share == 1.0:
+            loss.backward()
+        elif share:
+            loss.backward(torch.full_like(loss, share))
+
+    def mean(self, **values: Any) -> None:
+        """Note numbers of this shard; after `update`, `step.means` holds their weighted means over the batch.
+
+        Args:
+            values: numbers or scalar tensors, each the mean over the shard.
+        """
+        if self._replica is None:
+            raise UsageError("step.mean was called outside of `for batch in step`. Read the result in step.means.")
+        for name, value in values.items():
+            self._part.means.setdefault(name, []).append((self._replica, float(value)))
+
+    def update(
+        self,
+        optimizer: torch.optim.Optimizer | None = None,
+        clip_norm: float | None = None,
+        scaler: Any = None,
+        transform: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        """Reduce the gradients, update the weights, commit. Called by every worker.
+
+        Args:
+            optimizer: the one to update, where several were replicated; other gradients are dropped.
+            clip_norm: scale gradients so that their global norm is at most this.
+            scaler: a torch.amp.GradScaler that scaled the losses given to `backward`. The weights stay where any
+                worker's gradient overflowed.
+            transform: (name, gradient) -> gradient, for each whole mean gradient before clipping.
+
+        Raises:
+            UsageError: not all shards were run, or settings clash.
+            NonFiniteError: a loss is NaN or infinite.
+            EditedWeightsError: weights were edited outside of `update` and `run.edit()`.
+        """
+        where = line_of_user()
+        if self._state != "iterated":
+            why = "its shards were not all run" if self._state == "open" else "it was not iterated"
+            raise UsageError(
+                f"step.update() at {where}: {why} (step {self.number}). Run `for batch in step: ...` to its end, "
+                f"without break, before step.update()."
+            )
+        if clip_norm is not None and not clip_norm > 0:
+            raise UsageError(f"You set clip_norm={clip_norm}; it must be above 0.")
+        self._outcome = self._run.update(self, self._part, where, (optimizer, clip_norm, scaler, transform))
+        self.means = self._outcome.means
+        self.skipped = self._outcome.skipped
+        self._state = "updated"
+        self.pass_ += 1
+
+    @property
+    def loss(self) -> float:
+        return self._known("loss").loss
+
+    @property
+    def grad_norm(self) -> float:
+        norm = self._known("grad_norm").grad_norm
+        if norm is None:
+            raise UsageError("step.grad_norm is measured when clip_norm is given; clip_norm=math.inf only measures.")
+        return norm
+
+    @property
+    def updated(self) -> bool:
+        """Whether every iteration of this step was followed by an update."""
+        return self._state == "updated"
+
+    @property
+    def in_shard(self) -> bool:
+        """Whether the loop over shards is inside one."""
+        return self._replica is not None
+
+    def describe(self, replica: int) -> str:
+        """Return words that name the shard of `replica`: step, replica, samples."""
+        start, stop = shard_bounds(self._slice.start, self._slice.stop, self._run.num_replicas)[replica]
+        ids = self._run.ids(self._slice, start, stop).tolist()
+        shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
+        return f"step {self.number}, replica {replica} (samples {shown})"
+
+    def request(self, where: str, index: int, choices: tuple) -> Request:
+        """Return the update that was asked for."""
+        _, clip_norm, scaler, transform = choices
+        scaled = scaler is not None and scaler.is_enabled()
+        return Request(
+            where=where,
+            optimizer=index,
+            clip_norm=clip_norm,
+            scale=float(scaler.get_scale()) if scaled else 1.0,
+            scaled=scaled,
+            transform=transform,
+            seeds=(self._run.recipe.seed, self.number, self.pass_),
+            num_samples=self.size,
+            describe=self.describe,
+        )
+
+    def _known(self, name: str) -> Outcome:
+        if self._outcome is None:
+            raise UsageError(f"step.{name} is known after step.update().")
+        return self._outcome
+
+
+def _as_mean(loss: Any, count: float | None, num_samples: int) -> tuple[torch.Tensor, float | None]:
+    """Return the loss as a scalar mean, and the count it is the mean of where that is not the samples."""
+    if not isinstance(loss, torch.Tensor) or not loss.is_floating_point():
+        raise UsageError(f"step.backward needs a floating-point tensor as loss, not {type(loss).__name__}.")
+    if not loss.requires_grad:
+        raise UsageError("The loss has no graph: was it computed under torch.no_grad(), or detached?")
+    if count is not None:
+        count = float(count)
+        if not 0 <= count < float("inf"):
+            raise UsageError(f"count={count}; it must be 0 or more, and finite.")
+    if loss.dim() and loss.numel() != 1:
+        if count is None:
+            count = None if tuple(loss.shape) == (num_samples,) else float(loss.numel())
+            return loss.float().mean() if loss.element_size() < 4 else loss.mean(), count
+        return loss.float().sum() / count if count else loss.float().sum() * 0, count
+    loss = loss.reshape(()) if loss.dim() else loss
+    # A half-precision loss cannot hold a weight such as 5/37 well.
+    return loss.float() if loss.element_size() < 4 else loss, count
