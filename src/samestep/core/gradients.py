@@ -14,9 +14,9 @@ from collections.abc import Sequence
 
 import torch
 
-from samestep.core.group import GradientArea
+from samestep.core.group import ALIGNMENT, GradientArea
 from samestep.core.tree import Leaf, Script
-from samestep.core.weights import Weights, is_dense, placed, sum_dtype
+from samestep.core.weights import Weights, placed, sum_dtype
 from samestep.errors import UsageError
 
 _COUNTING, _ONCE, _MANY = range(3)
@@ -25,7 +25,7 @@ _COUNTING, _ONCE, _MANY = range(3)
 class _Sums:
     """Buffers of one parameter: a partial sum each, or nothing."""
 
-    __slots__ = ("arrivals", "dtype", "full", "gradients", "hook", "mode", "name", "parameter", "places")
+    __slots__ = ("arrivals", "dtype", "full", "gradients", "hook", "mode", "name", "parameter", "places", "stride")
 
     def __init__(self, gradients: Gradients, name: str, parameter: torch.nn.Parameter, places: list | None, many: bool):
         self.gradients = gradients
@@ -33,6 +33,7 @@ class _Sums:
         self.parameter = parameter
         self.dtype = sum_dtype(parameter.dtype)
         self.places = places
+        self.stride = parameter.stride()
         self.full: list[torch.Tensor | None] = [None] * gradients.script.num_buffers
         self.hook = None
         self.arrivals = 0
@@ -82,7 +83,8 @@ class _Sums:
         """Keep autograd's own tensor where its memory order is the parameter's: no copy."""
         if gradient.dtype != self.dtype:
             gradient = gradient.to(self.dtype)
-        if gradient.stride() == self.parameter.stride() and is_dense(gradient) and gradient.data_ptr() % 64 == 0:
+        # Parameters are dense, so a gradient of the same strides is, too.
+        if gradient.stride() == self.stride and gradient.data_ptr() % ALIGNMENT == 0:
             return gradient
         own = torch.empty_strided(
             self.parameter.shape, self.parameter.stride(), dtype=self.dtype, device=gradient.device

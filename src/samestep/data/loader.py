@@ -18,6 +18,7 @@ import sys
 import traceback
 import warnings
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -76,10 +77,9 @@ class Loader:
     def ask(self, request: Request) -> None:
         """Ask for the shards of a request. Does not wait."""
         self._asked.append(request)
-        try:
+        # Where the process is gone, the error is raised where its answer is due, as it is without loaders.
+        with suppress(*_GONE):
             send(self._connection, _message_of(request))
-        except _GONE:
-            pass  # The process is gone. The error is raised where its answer is due, as without loaders.
 
     def answer(self) -> list[Shard | None]:
         """Wait for the shards of the oldest request that was not answered yet.
@@ -159,7 +159,7 @@ def _serve(connection: Connection, source: Source, seed: int, seed_sample: SeedS
             return
         except DataError as error:
             send(connection, _Failure(str(error), _traceback_of(error.__cause__ or error)))
-        except Exception as error:  # noqa: BLE001  the worker raises it, whatever it is
+        except Exception as error:
             send(connection, _Failure(_not_sent(request, error), _traceback_of(error)))
 
 

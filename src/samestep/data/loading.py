@@ -10,7 +10,7 @@ reached.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 
 from samestep.data.loader import Loader
 from samestep.data.shard import Request, Shard, shards_of
@@ -24,7 +24,7 @@ _AHEAD = 2
 
 def load(
     source: Source, requests: Iterable[Request], *, loaders: int = 0, seed: int, seed_sample: SeedSample
-) -> Iterator[list[Shard | None]]:
+) -> Generator[list[Shard | None], None, None]:
     """Return an iterator over the shards of each request, lazily; an empty shard is None.
 
     It is a generator: its `close()` ends the loader processes at once. Without loaders, user code in the source runs
@@ -50,7 +50,7 @@ def load(
 
 def _ahead(
     requests: Iterable[Request], num_loaders: int, source: Source, seed: int, seed_sample: SeedSample
-) -> Iterator[list[Shard | None]]:
+) -> Generator[list[Shard | None], None, None]:
     upcoming = _Upcoming(requests)
     loaders: list[Loader] = []
     under_way: deque[Loader] = deque()
@@ -91,7 +91,7 @@ class _Upcoming:
             return None
         try:
             request = next(self._requests, None)
-        except Exception as error:  # noqa: BLE001  raised later, whatever it is
+        except Exception as error:
             self._failure = error
             return None
         self.num_taken += request is not None

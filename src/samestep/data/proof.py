@@ -32,7 +32,8 @@ def hash_of(epoch: int, ids: np.ndarray) -> int:
     values = ids.astype(np.uint64)
     values += np.uint64(GOLDEN)
     mix(values)
-    values += np.uint64(mix_one(epoch + GOLDEN))
+    # Mixed once more than the ids are: else sample 3 of epoch 5 would count like sample 5 of epoch 3.
+    values += np.uint64(mix_one(mix_one(epoch) + GOLDEN))
     return int(mix(values).sum(dtype=np.uint64))
 
 

@@ -146,7 +146,8 @@ def _check_length(name: str, length: int | None) -> None:
 def _check_batch_size(size: int, where: str) -> None:
     if not _is_int(size) or size < 1:
         raise SettingsError(
-            f"batch_size is {size!r}{where}; it must be a whole number of samples, 1 or more, counted over all replicas."
+            f"batch_size is {size!r}{where}; it must be a whole number of samples, 1 or more, counted over all "
+            f"replicas."
         )
 
 

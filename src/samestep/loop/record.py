@@ -43,8 +43,8 @@ class Record:
         if self._worker.is_first:
             self._reporter.note(text)
 
-    def committed(self, num_samples: int, seconds: float) -> None:
-        """Take a step that was really made (not replayed).
+    def timed(self, num_samples: int, seconds: float) -> None:
+        """Take the duration of a step that was really made (not replayed).
 
         Args:
             num_samples: of the batch.

@@ -6,27 +6,25 @@ committed calls give what the ledger recorded, and the registered state is loade
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from samestep.agree.synchronous import Outcome, Part, Synchronous
+from samestep.agree.synchronous import Synchronous
 from samestep.core.calls import line_of_user
 from samestep.core.checkpoint import load_newest
 from samestep.core.digest import tensors_digest
 from samestep.core.model import Model, Options
-from samestep.core.randomness import seed_evaluation, seed_step
-from samestep.data.shard import Shard
 from samestep.data.source import as_source
-from samestep.data.split import Slice, schedule
+from samestep.data.split import schedule
 from samestep.errors import UsageError
-from samestep.loop.evaluation import Evaluation, evaluating, on_device
-from samestep.loop.feed import Feed, Reading
+from samestep.loop.evaluation import Evaluation, evaluating
+from samestep.loop.feed import Reading
 from samestep.loop.session import Session
 from samestep.loop.step import Step
+from samestep.loop.stepping import Stepping
 
 
 class Run:
@@ -44,11 +42,7 @@ class Run:
         self.worker = session.worker
         self.recipe = session.recipe
         self.num_replicas = session.num_replicas
-        self.clock = session.clock
-        self.replicas_here = session.worker.replicas(session.num_replicas)
-        self._num_evaluations = 0
-        self._step: Step | None = None
-        self._agreed: Any = None
+        self._stepping = Stepping(session)
 
     @property
     def model(self) -> Model:
@@ -59,7 +53,8 @@ class Run:
     @property
     def elapsed(self) -> float:
         """Seconds since the run began, by the first worker's clock; the same on every worker, and in a replay."""
-        return self._session.recorded("elapsed", lambda: self._session.of_first("elapsed", self.clock.elapsed))
+        session = self._session
+        return session.recorded("elapsed", lambda: session.of_first("elapsed", session.clock.elapsed))
 
     def replicate(
         self,
@@ -95,7 +90,7 @@ class Run:
         session = self._session
         session.model = Model(things, session.group, options)
         bound = agree if agree is not None else Synchronous()
-        self._agreed = bound.bind(session.model, session.group, session.calls, session.clock)
+        session.agreed = bound.bind(session.model, session.group, session.calls, session.clock)
         session.resume()
 
     def steps(
@@ -149,7 +144,7 @@ class Run:
             loaders=loaders,
         )
         session.plan(len(source), batch_size, epochs, steps)
-        return self._steps(feed, source, slices, reading)
+        return self._stepping.walk(feed, source, slices, reading)
 
     def mean(self, fn: Callable[[Any], Any], data: Any, batch_size: int, collate: Any = None) -> Any:
         """Return the mean of `fn` over all samples of `data`: each once, same bits for every number of workers.
@@ -186,7 +181,7 @@ class Run:
         """
         self._outside_shard("run.once")
         result = self._session.recorded("once", lambda: self._session.of_first("once", fn))
-        self._reseed()
+        self._session.reseed()
         return result
 
     @contextmanager
@@ -240,123 +235,22 @@ class Run:
         """Return the digest of all weights and buffers, 32 hexadecimal digits."""
         return tensors_digest(self.model.named_tensors())
 
-    def update(self, step: Step, part: Part, where: str, choices: tuple) -> Outcome:
-        """Make one update for `step`; called by `Step.update`."""
-        session, model = self._session, self.model
-        index = _index_of([t.optimizer for t in model.trained], choices[0])
-        optimizer, scaler = model.trained[index].optimizer, choices[2]
-        request = None if session.replaying else step.request(where, index, choices)
-        if scaler is not None and scaler.is_enabled() and step.pass_ == 0:
-            session.require_scaler(scaler)
-
-        def make() -> list:
-            made = self._agreed.update(request, part)
-            return [made.loss, made.grad_norm, made.means, made.skipped]
-
-        for hook in session.user_hooks(optimizer, before=True):
-            hook(optimizer, (), {})
-        before = self.clock.to("update")
-        outcome = Outcome(*session.recorded("update", make, where))
-        self.clock.to(before)
-        if scaler is not None and scaler.is_enabled():
-            _update_scale(scaler, optimizer, outcome.skipped, self.worker.device)
-        optimizer._opt_called = True  # what a scheduler looks at before it warns that the optimizer never stepped
-        for hook in session.user_hooks(optimizer, before=False):
-            hook(optimizer, (), {})
-        return outcome
-
-    def ids(self, batch: Slice, start: int, stop: int) -> Any:
-        """Return the sample ids at positions [start, stop) of the batch's epoch."""
-        return self._session.current_feed.order(batch.epoch).ids(start, stop)
-
-    def _steps(self, feed: Feed, source: Any, slices: Iterator[Slice], reading: Reading) -> Iterator[Step]:
-        session = self._session
-        while session.replaying:
-            batch = next(slices, None)
-            if batch is None:
-                session.after_step(last=True)
-                return
-            yield from self._one(feed, batch, None)
-            session.after_step(last=False)
-        stream = feed.batches(source, slices, reading)
-        try:
-            while True:
-                begin = time.perf_counter()
-                before = self.clock.to("data")
-                batch, shards = next(stream, (None, None))
-                self.clock.to(before)
-                if batch is None:
-                    break
-                yield from self._one(feed, batch, shards)
-                session.record.committed(batch.size, time.perf_counter() - begin)
-                session.after_step(last=False)
-        finally:
-            stream.close()
-        session.after_step(last=True)
-
-    def _one(self, feed: Feed, batch: Slice, shards: Sequence | None) -> Iterator[Step]:
-        """Yield one step and see that it was updated."""
-        session = self._session
-        session.current_feed = feed
-        seed_step(self.recipe.seed, batch.number)
-        if shards is not None and self.worker.device != "cpu":
-            shards = [s and Shard(s.ids, on_device(s.batch, self.worker.device)) for s in shards]
-        self._step = Step(self, batch, shards)
-        yield self._step
-        if not self._step.updated:
-            raise UsageError(
-                f"Step {batch.number} was not updated. Call step.update() after `for batch in step: ...`, once for "
-                f"each time the step is iterated."
-            )
-        session.record.num_steps += 1
-        feed.commit(batch, shards)
-        session.tell(self._step, batch)
-        self._step = None
-
     def _evaluate(self, kind: str, fn: Callable, data: Any, batch_size: int, collate: Any) -> Any:
         self._outside_shard(f"run.{kind}")
         where, session = line_of_user(), self._session
 
         def make() -> Any:
-            before = self.clock.to("other")
             with evaluating([module for _, module in self.model.modules]):
                 source = as_source(data, collate)
-                made = Evaluation(source, batch_size, self.worker, self.recipe.seed, self._num_evaluations)
-                result = getattr(made, kind)(fn, session.calls, where)
-            self.clock.to(before)
-            return result
+                made = Evaluation(source, batch_size, self.worker, self.recipe.seed, session.num_reseeds)
+                return getattr(made, kind)(fn, session.calls, where)
 
         result = session.recorded(kind, make, where)
-        self._reseed()
+        session.reseed()
         return result
 
-    def _reseed(self) -> None:
-        """Leave the generators the same on workers that ran different parts of a call, and in a replay."""
-        self._num_evaluations += 1
-        seed_evaluation(self.recipe.seed, self._num_evaluations, -1)
-
     def _outside_shard(self, name: str) -> None:
-        if self._step is not None and self._step.in_shard:
+        if self._stepping.in_shard:
             raise UsageError(
                 f"{name} was called inside a shard, where workers differ in what they run. Call it between steps."
             )
-
-
-def _index_of(optimizers: Sequence[torch.optim.Optimizer], given: torch.optim.Optimizer | None) -> int:
-    if given is None:
-        if len(optimizers) > 1:
-            raise UsageError(f"{len(optimizers)} optimizers are replicated: say which one, step.update(optimizer).")
-        return 0
-    for index, optimizer in enumerate(optimizers):
-        if optimizer is given:
-            return index
-    raise UsageError("step.update was given an optimizer that was not in run.replicate(...).")
-
-
-def _update_scale(scaler: Any, optimizer: Any, overflowed: bool, device: str) -> None:
-    """Let a GradScaler grow or shrink its scale, as after its own step."""
-    if scaler._scale is None:
-        scaler._lazy_init_scale_growth_tracker(torch.device(device))
-    found = torch.full((), float(overflowed), device=device)
-    scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {torch.device(device): found}
-    scaler.update()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from samestep.core import checkpoint, wire
@@ -12,8 +12,8 @@ from samestep.core.digest import joined_digest, state_digest, tensors_digest
 from samestep.core.group import Group
 from samestep.core.ledger import Ledger
 from samestep.core.model import Model
+from samestep.core.randomness import seed_evaluation
 from samestep.data.proof import SampleCount
-from samestep.data.split import Slice
 from samestep.errors import MismatchError, UsageError
 from samestep.loop.archive import Archive
 from samestep.loop.feed import Feed
@@ -34,7 +34,8 @@ class Session:
         num_replicas: number of replicas.
         clock, calls, ledger, record: see their classes.
         model: None until `run.replicate`.
-        current_feed: the data set of the step at hand.
+        agreed: the live form of how replicas agree; None until then.
+        num_reseeds: calls so far after which generators were seeded anew.
     """
 
     def __init__(self, recipe: Recipe, keeping: Keeping, group: Group, reporter: Reporter):
@@ -48,7 +49,8 @@ class Session:
         self.ledger = Ledger()
         self.record = Record(group.worker, reporter, self.clock)
         self.model: Model | None = None
-        self.current_feed: Feed | None = None
+        self.agreed: Any = None
+        self.num_reseeds = 0
         self._saved: checkpoint.Checkpoint | None = None
         self._feeds: dict[Any, Feed] = {}
         self._planned: dict[str, Any] = {}
@@ -141,15 +143,19 @@ class Session:
             "epochs": epochs,
         }
 
-    def tell(self, step: Any, batch: Slice) -> None:
+    def reseed(self) -> None:
+        """Leave the generators the same on workers that ran different parts of a call, and in a replay."""
+        self.num_reseeds += 1
+        seed_evaluation(self.recipe.seed, self.num_reseeds, -1)
+
+    def tell(self, step: int, epoch: int, loss: float) -> None:
         """Report a committed step."""
-        frame = {"step": step.number + 1, "epoch": batch.epoch + 1, "loss": step.loss, **self._planned}
         if self.replaying:
             return
-        self.record.progress(frame)
+        self.record.progress({"step": step + 1, "epoch": epoch + 1, "loss": loss, **self._planned})
         if self.keeping.trace is not None:
             assert self.model is not None
-            self.record.trace(step.number, step.loss, self.model.named_tensors())
+            self.record.trace(step, loss, self.model.named_tensors())
             if self.record.num_steps >= self.keeping.trace:
                 self.calls.meet("run.steps (trace)", "")
                 raise TraceEnded
@@ -186,24 +192,17 @@ class Session:
         self.archive.save(folder, self.record.num_steps, facts, keep)
         self._last_save = self.record.num_steps
 
-    def require_scaler(self, scaler: Any) -> None:
-        """See that a GradScaler is among what was replicated, or its scale would be lost at a resume."""
-        assert self.model is not None
-        if all(other is not scaler for other in self.model.others):
-            raise UsageError("Give the GradScaler to run.replicate(model, optimizer, scaler), so that it is saved too.")
-
-    def user_hooks(self, optimizer: Any, before: bool) -> Iterator[Callable]:
-        """Yield the step hooks that the user registered on an optimizer."""
-        hooks = optimizer._optimizer_step_pre_hooks if before else optimizer._optimizer_step_post_hooks
-        return iter([hook for hook in hooks.values() if hook.__module__ != "samestep.core.model"])
-
     def finish(self, result: Any) -> dict[str, Any]:
         """Return the facts of the summary; on the first worker all of them. Collective."""
         if self.model is None:
             raise UsageError("main ended without run.replicate(...): nothing was trained.")
+        if self._saved is not None and not self.ledger.replaying and self._saved.facts["made_by"] == "finish":
+            self._restore(self._saved)
         self.ledger.check_finished()
         if self._saved is not None:
             raise MismatchError(f"The script ended before the point where the checkpoint {self._saved.path} was made.")
+        if self.keeping.checkpoint is not None and self.record.num_steps != self._last_save:
+            self._write(self.keeping.checkpoint, "finish", self.keeping.keep)
         weights = tensors_digest(self.model.named_tensors())
         states = [trained.update.full_state() for trained in self.model.trained]
         mine = {"weights": weights, "reads": [feed.read.state_dict() for feed in self._feeds.values()]}

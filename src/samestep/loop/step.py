@@ -10,8 +10,10 @@ A step may be iterated again after an update (a GAN's second pass): the same sha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from samestep.agree.synchronous import Outcome, Part, Request, unit_of
@@ -20,9 +22,30 @@ from samestep.core.randomness import seed_shard, seed_step
 from samestep.data.loading import Shard
 from samestep.data.split import Slice, shard_bounds
 from samestep.errors import UsageError
+from samestep.loop.feed import Feed
+from samestep.loop.session import Session
 
-if TYPE_CHECKING:
-    from samestep.loop.run import Run
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What `step.update` was called with, and on which line of the script."""
+
+    where: str
+    optimizer: torch.optim.Optimizer | None
+    clip_norm: float | None
+    scaler: Any
+    transform: Callable[[str, torch.Tensor], torch.Tensor] | None
+
+
+class Driver(Protocol):
+    """Who made the step, as the step sees it (`stepping.Stepping`)."""
+
+    session: Session
+
+    def update(self, step: Step, part: Part, choices: Choices) -> Outcome:
+        """Make one update for `step`."""
+
+    def ids(self, batch: Slice, start: int, stop: int) -> np.ndarray:
+        """Return the sample ids at positions [start, stop) of the batch's epoch."""
 
 
 class Step:
@@ -41,8 +64,10 @@ class Step:
         pass_: how many updates this step has made.
     """
 
-    def __init__(self, run: Run, slice_: Slice, shards: Sequence[Shard | None] | None):
-        self._run = run
+    def __init__(self, driver: Driver, slice_: Slice, shards: Sequence[Shard | None] | None):
+        self._driver = driver
+        self._seed = driver.session.recipe.seed
+        self._num_replicas = driver.session.num_replicas
         self._slice = slice_
         self._shards = shards
         self.number = slice_.number
@@ -70,36 +95,37 @@ class Step:
             )
         self._state = "open"
         if self._shards is None:
-            seed_step(self._run.recipe.seed, self.number)
+            seed_step(self._seed, self.number)
             self._state = "iterated"
             return
         yield from self._play()
 
     def _play(self) -> Iterator[Any]:
-        run, model = self._run, self._run.model
+        session = self._driver.session
+        model, clock = session.model, session.clock
         self._part = Part()
         for trained in model.trained:
             trained.gradients.begin_pass()
         model.buffers.begin_pass()
-        for index, (replica, shard) in enumerate(zip(run.replicas_here, self._shards, strict=True)):
+        for index, (replica, shard) in enumerate(zip(session.worker.replicas(self._num_replicas), self._shards, strict=True)):
             for trained in model.trained:
                 trained.gradients.begin_shard(index)
             if shard is not None:
                 model.buffers.begin_shard()
-                seed_shard(run.recipe.seed, self.number, self.pass_, replica)
+                seed_shard(self._seed, self.number, self.pass_, replica)
                 self._replica, self._count = replica, len(shard.ids)
                 self._part.samples[replica] = self._count
-                before = run.clock.to("compute")
+                before = clock.to("compute")
                 try:
                     yield shard.batch
                 finally:
                     self._replica = None
-                    run.clock.to(before)
+                    clock.to(before)
                 if model.buffers.end_shard(replica):
                     self._part.changed.append(replica)
             for trained in model.trained:
                 trained.gradients.end_shard()
-        seed_step(run.recipe.seed, self.number)
+        seed_step(self._seed, self.number)
         self._state = "iterated"
 
     def backward(self, loss: torch.Tensor, count: float | None = None) -> None:
@@ -175,7 +201,10 @@ class Step:
             )
         if clip_norm is not None and not clip_norm > 0:
             raise UsageError(f"You set clip_norm={clip_norm}; it must be above 0.")
-        self._outcome = self._run.update(self, self._part, where, (optimizer, clip_norm, scaler, transform))
+        choices = Choices(
+            where=where, optimizer=optimizer, clip_norm=clip_norm, scaler=scaler, transform=transform
+        )
+        self._outcome = self._driver.update(self, self._part, choices)
         self.means = self._outcome.means
         self.skipped = self._outcome.skipped
         self._state = "updated"
@@ -204,26 +233,29 @@ class Step:
 
     def describe(self, replica: int) -> str:
         """Return words that name the shard of `replica`: step, replica, samples."""
-        start, stop = shard_bounds(self._slice.start, self._slice.stop, self._run.num_replicas)[replica]
-        ids = self._run.ids(self._slice, start, stop).tolist()
+        start, stop = shard_bounds(self._slice.start, self._slice.stop, self._num_replicas)[replica]
+        ids = self._driver.ids(self._slice, start, stop).tolist()
         shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
         return f"step {self.number}, replica {replica} (samples {shown})"
 
-    def request(self, where: str, index: int, choices: tuple) -> Request:
-        """Return the update that was asked for."""
-        _, clip_norm, scaler, transform = choices
-        scaled = scaler is not None and scaler.is_enabled()
+    def request(self, index: int, choices: Choices) -> Request:
+        """Return the update of optimizer number `index` that was asked for."""
+        scaled = choices.scaler is not None and choices.scaler.is_enabled()
         return Request(
-            where=where,
+            where=choices.where,
             optimizer=index,
-            clip_norm=clip_norm,
-            scale=float(scaler.get_scale()) if scaled else 1.0,
+            clip_norm=choices.clip_norm,
+            scale=float(choices.scaler.get_scale()) if scaled else 1.0,
             scaled=scaled,
-            transform=transform,
-            seeds=(self._run.recipe.seed, self.number, self.pass_),
+            transform=choices.transform,
+            seeds=(self._seed, self.number, self.pass_),
             num_samples=self.size,
             describe=self.describe,
         )
+
+    def count_samples(self, feed: Feed) -> None:
+        """Count the samples of this step as read."""
+        feed.commit(self._slice, self._shards)
 
     def _known(self, name: str) -> Outcome:
         if self._outcome is None:

@@ -1,0 +1,148 @@
+"""Walks through the batches of a data set: makes the steps, and has them updated and recorded."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from samestep.agree.synchronous import Outcome, Part
+from samestep.core.randomness import seed_step
+from samestep.data.shard import Shard
+from samestep.data.split import Slice
+from samestep.errors import UsageError
+from samestep.loop.evaluation import on_device
+from samestep.loop.feed import Feed, Reading
+from samestep.loop.session import Session
+from samestep.loop.step import Choices, Step
+
+
+class Stepping:
+    """One worker's way through its steps.
+
+    Attributes:
+        session: the run.
+    """
+
+    def __init__(self, session: Session):
+        self.session = session
+        self._step: Step | None = None
+        self._feed: Feed | None = None
+
+    @property
+    def in_shard(self) -> bool:
+        """Whether the user's code is inside a shard now."""
+        return self._step is not None and self._step.in_shard
+
+    def walk(self, feed: Feed, source: Any, slices: Iterator[Slice], reading: Reading) -> Iterator[Step]:
+        """Yield the steps of `slices`; those that a resumed run has behind it without shards."""
+        session, clock = self.session, self.session.clock
+        while session.replaying:
+            batch = next(slices, None)
+            if batch is None:
+                session.after_step(last=True)
+                return
+            yield from self._one(feed, batch, None)
+            session.after_step(last=False)
+        stream = feed.batches(source, slices, reading)
+        try:
+            while True:
+                begin = time.perf_counter()
+                before = clock.to("data")
+                batch, shards = next(stream, (None, None))
+                clock.to(before)
+                if batch is None:
+                    break
+                yield from self._one(feed, batch, self._on_device(shards))
+                session.record.timed(batch.size, time.perf_counter() - begin)
+                session.after_step(last=False)
+        finally:
+            stream.close()
+        session.after_step(last=True)
+
+    def update(self, step: Step, part: Part, choices: Choices) -> Outcome:
+        """Make one update for `step`, or give what was recorded of it."""
+        session, model = self.session, self.session.model
+        index = _index_of([t.optimizer for t in model.trained], choices.optimizer)
+        optimizer, scaler = model.trained[index].optimizer, choices.scaler
+        if scaler is not None and not scaler.is_enabled():
+            scaler = None
+        if scaler is not None:
+            _require_registered(scaler, model.others)
+
+        def make() -> list:
+            made = session.agreed.update(step.request(index, choices), part)
+            return [made.loss, made.grad_norm, made.means, made.skipped]
+
+        for hook in _user_hooks(optimizer._optimizer_step_pre_hooks):
+            hook(optimizer, (), {})
+        before = session.clock.to("update")
+        outcome = Outcome(*session.recorded("update", make, choices.where))
+        session.clock.to(before)
+        if scaler is not None:
+            _update_scale(scaler, optimizer, outcome.skipped, session.worker.device)
+        optimizer._opt_called = True  # what a scheduler looks at before it warns that the optimizer never stepped
+        for hook in _user_hooks(optimizer._optimizer_step_post_hooks):
+            hook(optimizer, (), {})
+        if step.pass_ == 0:
+            # Here, not when the step ends: a loop may be left by `break` after its update.
+            session.record.num_steps += 1
+            step.count_samples(self._feed)
+        return outcome
+
+    def ids(self, batch: Slice, start: int, stop: int) -> Any:
+        """Return the sample ids at positions [start, stop) of the batch's epoch."""
+        assert self._feed is not None
+        return self._feed.order(batch.epoch).ids(start, stop)
+
+    def _one(self, feed: Feed, batch: Slice, shards: Sequence[Shard | None] | None) -> Iterator[Step]:
+        """Yield one step and see that it was updated."""
+        seed_step(self.session.recipe.seed, batch.number)
+        self._feed = feed
+        self._step = step = Step(self, batch, shards)
+        yield step
+        if not step.updated:
+            raise UsageError(
+                f"Step {batch.number} was not updated. Call step.update() after `for batch in step: ...`, once for "
+                f"each time the step is iterated."
+            )
+        self.session.tell(step.number, batch.epoch, step.loss)
+        self._step = None
+
+    def _on_device(self, shards: Sequence[Shard | None]) -> Sequence[Shard | None]:
+        device = self.session.worker.device
+        if device == "cpu":
+            return shards
+        return [s and Shard(s.ids, on_device(s.batch, device)) for s in shards]
+
+
+def _index_of(optimizers: Sequence[torch.optim.Optimizer], given: torch.optim.Optimizer | None) -> int:
+    if given is None:
+        if len(optimizers) > 1:
+            raise UsageError(f"{len(optimizers)} optimizers are replicated: say which one, step.update(optimizer).")
+        return 0
+    for index, optimizer in enumerate(optimizers):
+        if optimizer is given:
+            return index
+    raise UsageError("step.update was given an optimizer that was not in run.replicate(...).")
+
+
+def _update_scale(scaler: Any, optimizer: Any, overflowed: bool, device: str) -> None:
+    """Let a GradScaler grow or shrink its scale, as after its own step."""
+    if scaler._scale is None:
+        scaler._lazy_init_scale_growth_tracker(torch.device(device))
+    found = torch.full((), float(overflowed), device=device)
+    scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {torch.device(device): found}
+    scaler.update()
+
+
+def _require_registered(scaler: Any, others: Sequence[Any]) -> None:
+    if all(other is not scaler for other in others):
+        raise UsageError("Give the GradScaler to run.replicate(model, optimizer, scaler), so that it is saved too.")
+
+
+def _user_hooks(hooks: Mapping[int, Callable]) -> list[Callable]:
+    """Return the step hooks that the user registered on an optimizer, without ours."""
+    return [hook for hook in hooks.values() if hook.__module__ != "samestep.core.model"]
