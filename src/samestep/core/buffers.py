@@ -62,7 +62,9 @@ class Buffers:
         self._placed = []
         for (_, _, home, key, buffer), offset in zip(entries, offsets, strict=True):
             flat = self._memory[offset : offset + buffer.numel() * buffer.element_size()]
-            view = flat.view(buffer.dtype).view(buffer.shape)
+            # Through .data each has a version counter of its own: else writing one buffer would make autograd believe
+            # that all others, which a layer before may have saved for backward, had changed.
+            view = flat.view(buffer.dtype).view(buffer.shape).data
             view.copy_(buffer)
             home[key] = view
             self._placed.append((home, key, view))

@@ -113,7 +113,7 @@ def write(folder: Location, *, step: int, weights: Tensors, state: Tensors, fact
     """
     folder = Path(folder)
     target = folder / f"step-{step:08d}"
-    assert _number_of(target.name) == step, f"a checkpoint of step {step}"
+    assert step == _number_of(target.name) >= 0, f"a checkpoint of step {step}"
     _check("weights", weights)
     _check("state", state)
     try:

@@ -63,6 +63,8 @@ class ProcessGroup(Group):
         make_current(worker.device)
         self.worker = worker
         self._staged = staged
+        self._owns_default = False
+        self._is_closed = False
         # Groups of our own: calls of the user's code on the default group cannot mix with ours.
         timeout = None if timeout_seconds is None else timedelta(seconds=timeout_seconds)
         with self._peers("the start"):
@@ -70,7 +72,6 @@ class ProcessGroup(Group):
             self._bulk = self._control
             if is_cuda(worker.device) and not staged:
                 self._bulk = dist.new_group(backend="nccl", timeout=timeout)
-        self._owns_default = False
         self._out = torch.zeros(worker.size, _SLOT_BYTES, dtype=torch.uint8)
         self._in = torch.zeros(worker.size, _SLOT_BYTES, dtype=torch.uint8)
         self._warm_up()
@@ -182,11 +183,16 @@ class ProcessGroup(Group):
                 tensor.copy_(room)
 
     def close(self) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
         if self._owns_default:
             dist.destroy_process_group()
-            return
-        for group in {id(g): g for g in (self._control, self._bulk)}.values():
-            dist.destroy_process_group(group)
+        else:
+            for group in {self._control, self._bulk}:
+                dist.destroy_process_group(group)
+        # torch's groups keep their threads and sockets for as long as anybody refers to them.
+        del self._control, self._bulk
 
     def _warm_up(self) -> None:
         """Connect everybody with everybody now, so that a worker that cannot be reached is found at the start."""
@@ -198,6 +204,7 @@ class ProcessGroup(Group):
 
     @contextmanager
     def _peers(self, during: str) -> Iterator[None]:
+        """Turn torch's errors into `PeerError`."""
         try:
             yield
         except RuntimeError as error:

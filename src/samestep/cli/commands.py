@@ -1,0 +1,114 @@
+"""Words to calls. Nothing here imports torch: the environment must be set before that."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+import click
+
+from samestep.errors import SamestepError, SettingsError
+from samestep.settings import Options, run_script, verify_script
+
+_SCRIPT_OPTIONS = (
+    click.option("--replicas", metavar="R", help="Logical copies of the model (part of the recipe), or 'workers'."),
+    click.option("--threads", type=int, metavar="T", help="Threads inside each worker (part of the recipe)."),
+    click.option("--seed", type=int, metavar="S", help="Seed of every random number."),
+    click.option("--device", metavar="KIND", help="cpu (default) or cuda."),
+)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("samestep")
+    except metadata.PackageNotFoundError:
+        return "(a source tree that is not installed)"
+
+
+def _with_script_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(_SCRIPT_OPTIONS):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(_version(), prog_name="samestep", message="%(prog)s %(version)s")
+def main() -> None:
+    """Data-parallel training whose result does not depend on the machines."""
+
+
+@main.command()
+@click.argument("script")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.option("--workers", type=int, metavar="N", help="Processes to start; default one per core, at most R.")
+@_with_script_options
+@click.option("--checkpoint", metavar="DIR", help="Folder for checkpoints.")
+@click.option("--every", type=int, metavar="N", help="Steps between checkpoints.")
+@click.option("--resume", metavar="PATH", help="Checkpoint, or folder of them, to go on from.")
+@click.option("--summary", metavar="FILE.json", help="Write the facts of the run there.")
+def run(script: str, arguments: tuple[str, ...], summary: str | None, **settings: Any) -> None:
+    """Run SCRIPT on this host. Its own arguments come after `--`."""
+
+    def act() -> tuple[int, str]:
+        return run_script(script, arguments, _options(settings), summary)
+
+    _end(act)
+
+
+@main.command()
+@click.argument("script")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.option("--workers", default="1,2,3", show_default=True, metavar="N,N,...", help="Numbers of workers to compare.")
+@click.option("--steps", default=20, show_default=True, metavar="N", help="Steps to run at each number.")
+@_with_script_options
+def verify(script: str, arguments: tuple[str, ...], workers: str, steps: int, **settings: Any) -> None:
+    """Run SCRIPT's first steps at several numbers of workers and compare every tensor after each step."""
+
+    def act() -> tuple[int, str]:
+        from samestep.cli.report import report
+
+        if steps < 1:
+            raise SettingsError(f"You set --steps {steps}. Use 1 or more.")
+        counts = _counts(workers)
+        return report(verify_script(script, arguments, _options({**settings, "trace": steps}), counts)), ""
+
+    _end(act)
+
+
+def _options(settings: dict[str, Any]) -> Options:
+    replicas = settings.get("replicas")
+    if replicas is not None and replicas != "workers":
+        if not replicas.lstrip("+-").isdecimal():
+            raise SettingsError(f"You set --replicas {replicas}. Use a whole number, or 'workers'.")
+        settings = {**settings, "replicas": int(replicas)}
+    options = Options(**settings)
+    options.check()
+    return options
+
+
+def _counts(text: str) -> list[int]:
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
+        raise SettingsError(f"You set --workers {text}. Use whole numbers of 1 or more with commas between: 1,2,3.")
+    counts = list(dict.fromkeys(int(word) for word in words))
+    if len(counts) < 2:
+        raise SettingsError(f"You set --workers {text}. Name at least two numbers, to have something to compare: 1,2.")
+    return counts
+
+
+def _end(act: Callable[[], tuple[int, str]]) -> None:
+    """Do it, print what went wrong in one piece, and exit."""
+    try:
+        code, message = act()
+    except SettingsError as error:
+        code, message = 2, f"samestep: {error}"
+    except SamestepError as error:
+        code, message = 1, f"samestep: {error}"
+    except SyntaxError as error:
+        code, message = 1, "".join(traceback.format_exception_only(error)).rstrip()
+    if message:
+        print(message, file=sys.stderr)
+    sys.exit(code)

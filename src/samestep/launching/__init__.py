@@ -1,0 +1,17 @@
+"""Starts the workers of a run on one host, watches them, and ends them together. Knows nothing of training.
+
+    caller      the user's process (`python script.py`, a notebook): sends a payload, waits, gives back the result
+    payload     what the workers shall run: a script by path, or a function by value
+    zygote      the process that imports everything once and forks workers
+    supervisor  the same process afterwards: watches its children until all have ended
+    context     what a forked worker knows of itself
+    verdict     how a run ends, decided from what its workers said and how they died
+    leftovers   what workers leave behind, ended with the run
+    channel     frames from worker to supervisor, and from zygote to caller
+    script      a file run as `__main__`
+    failure     the one error that a user sees
+    output      where the prints of workers go
+    environment what is read from, and set in, the environment of processes
+
+The room is called `launching` because `samestep.launch` is the function.
+"""

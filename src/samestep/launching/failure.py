@@ -1,0 +1,134 @@
+"""The one error that a user sees when a run fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+import traceback
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from samestep.errors import PeerError, SamestepError
+
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """What went wrong, once.
+
+    Attributes:
+        kind: class name of the error; empty when a worker died without one.
+        message: one sentence or more, for the user.
+        traceback: the user's frames and the error itself; may be empty.
+        rank: the worker it happened in; None where that says nothing.
+        code: exit code of the run.
+        of_samestep: the message is samestep's own, so it stands on its own.
+        of_peer: the failure only says that another worker is gone.
+    """
+
+    kind: str = ""
+    message: str
+    traceback: str = ""
+    rank: int | None = None
+    code: int = 1
+    of_samestep: bool = False
+    of_peer: bool = False
+
+    @classmethod
+    def of(cls, error: BaseException, rank: int | None = None, code: int = 1) -> Failure:
+        """Describe an exception, without the frames of samestep."""
+        return cls(
+            kind=type(error).__name__,
+            message=str(error),
+            traceback=_users_traceback(error),
+            rank=rank,
+            code=code,
+            of_samestep=isinstance(error, SamestepError),
+            of_peer=isinstance(error, PeerError),
+        )
+
+    @classmethod
+    def of_exit(cls, rank: int, pid: int, status: int) -> Failure:
+        """Describe a worker that ended with wait status `status` and left no error of its own."""
+        if not os.WIFSIGNALED(status):
+            return cls(
+                message=f"Worker {rank} (pid {pid}) ended with exit code {os.waitstatus_to_exitcode(status)} and gave "
+                "no reason; something in it called os._exit."
+            )
+        name = signal.Signals(os.WTERMSIG(status)).name
+        if name == "SIGKILL":
+            why = (
+                "if nobody did that by hand, the machine ran out of memory (the kernel's log tells). Use a smaller "
+                "batch or fewer workers."
+            )
+        elif name in ("SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGABRT"):
+            why = "native code crashed: torch, or an extension the script uses. Its stack is in that worker's output."
+        else:
+            why = "somebody, or something, sent it that signal."
+        return cls(message=f"Worker {rank} (pid {pid}) was killed by {name}: {why}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain facts, for a channel."""
+        return asdict(self)
+
+    def is_same_as(self, other: Failure) -> bool:
+        """Whether two workers had the same error."""
+        return (self.kind, self.message) == (other.kind, other.message)
+
+    def text(self, ranks: list[int] | None = None) -> str:
+        """Return what to print: the user's traceback first, samestep's word last.
+
+        Args:
+            ranks: all workers that had this error; default the one it came from.
+        """
+        ranks = ranks if ranks else ([] if self.rank is None else [self.rank])
+        lines = [self.traceback.rstrip()] if self.traceback else []
+        if self.of_samestep or not self.kind:
+            lines.append(f"samestep: {self.message}")
+        else:
+            where = f" in {_workers_in_words(ranks)}" if ranks else ""
+            lines.append(f"samestep: the error above happened{where}; the run has ended.")
+        return "\n".join(lines)
+
+
+def _workers_in_words(ranks: list[int]) -> str:
+    names = [str(rank) for rank in sorted(ranks)]
+    if len(names) == 1:
+        return f"worker {names[0]}"
+    return f"workers {', '.join(names[:-1])} and {names[-1]}"
+
+
+def _users_traceback(error: BaseException) -> str:
+    summary = traceback.TracebackException.from_exception(error)
+    if isinstance(error, SamestepError):
+        return _around(summary)
+    if not (summary.stack and _is_ours(summary.stack[-1])):
+        _trim(summary)
+    return "".join(summary.format())
+
+
+def _around(summary: traceback.TracebackException) -> str:
+    """The cause that came from the user's code, if any, then the user's line that called samestep."""
+    cause = summary.__cause__
+    text = ""
+    if cause is not None:
+        _trim(cause)
+        text = "".join(cause.format()) + "\n"
+    _trim(summary)
+    if summary.stack:
+        text += "".join(traceback.StackSummary.from_list([summary.stack[-1]]).format())
+    return text
+
+
+def _trim(summary: traceback.TracebackException) -> None:
+    for part in (summary, *(getattr(summary, "exceptions", None) or ())):
+        users = [frame for frame in part.stack if not _is_ours(frame)]
+        part.stack = traceback.StackSummary.from_list(users)
+        for linked in (part.__cause__, part.__context__):
+            if linked is not None:
+                _trim(linked)
+
+
+def _is_ours(frame: traceback.FrameSummary) -> bool:
+    return frame.filename.startswith(_PACKAGE) or frame.filename.startswith("<frozen importlib")

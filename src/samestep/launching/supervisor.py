@@ -1,0 +1,285 @@
+"""The zygote after forking: watches its children until all have ended, and ends them together when one fails.
+
+frames of a worker   seated, progress, note, trace, finished, wants, left, exit, error, done
+a worker's end       told by its pidfd, so no pid is ever mistaken for another
+one failure          SIGTERM to the rest, SIGKILL half a second later
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import selectors
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from samestep.launching import zygote
+from samestep.launching.channel import Frame, channel
+from samestep.launching.context import WorkerContext
+from samestep.launching.failure import Failure
+from samestep.launching.leftovers import end_orphans
+from samestep.launching.output import Plumbing, WorkerOutput, keep
+from samestep.launching.verdict import Action, Outcome, Verdict
+
+_PATIENCE = 0.5
+"""Seconds between SIGTERM and SIGKILL."""
+_GRACE = 2.0
+"""Seconds that the others get to do what one worker did: leave with `sys.exit`, or tell why a peer is gone."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Watcher(Protocol):
+    """Who is told what the workers say."""
+
+    def frame(self, frame: Frame) -> bool:
+        """Take a frame (seated, progress, note, trace, finished). True ends the run here, without an error."""
+
+    def output(self, stream: int, data: bytes) -> None:
+        """Take what the first worker printed, where it is read through a pipe (1 stdout, 2 stderr)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fleet:
+    """What to start.
+
+    Attributes:
+        body: what each worker does.
+        context: facts for each worker's context, beside rank, number, sender and what is shared.
+        share: makes what the workers share, given their number; the result has `close()`.
+        plumbing: what happens to the first worker's output.
+        run_folder: where the others' output goes; None keeps it only after a failure.
+    """
+
+    body: zygote.Body
+    context: dict[str, Any] = field(default_factory=dict)
+    share: Callable[[int], Any] | None = None
+    plumbing: Plumbing = field(default_factory=Plumbing)
+    run_folder: str | None = None
+
+
+def supervise(fleet: Fleet, num_workers: int, watcher: Watcher) -> Outcome:
+    """Start a fleet and return when its last process is gone.
+
+    A script may want more workers than were started before it ran; then it is started again with that many.
+
+    Raises:
+        SettingsError: this process must not fork.
+    """
+    zygote.adopt_orphans()
+    while True:
+        outcome = _Supervisor(fleet, num_workers, watcher).run()
+        if outcome.wants is None:
+            return outcome
+        num_workers = outcome.wants
+
+
+class _Member:
+    """One worker, seen from outside."""
+
+    def __init__(self, rank: int, plumbing: Plumbing):
+        self.rank = rank
+        self.output = WorkerOutput(rank, plumbing)
+        self.sender, self.receiver = channel()
+        self.pid = 0
+        self.pidfd = -1
+        self.is_alive = False
+        self.told_end = False
+
+    def send_signal(self, number: int) -> None:
+        if self.is_alive:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, number)
+
+    def close(self) -> None:
+        self.sender.close()
+        self.receiver.close()
+        self.output.close()
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+
+
+class _Supervisor:
+    """One fleet, from fork to the last exit."""
+
+    def __init__(self, fleet: Fleet, num_workers: int, watcher: Watcher):
+        self._fleet = fleet
+        self._watcher = watcher
+        self._num_workers = num_workers
+        self._members: list[_Member] = []
+        self._selector = selectors.DefaultSelector()
+        self._verdict = Verdict(num_workers)
+        self._signals: list[int] = []
+        self._run_folder = fleet.run_folder
+        self._is_ending = False
+        self._deadline: float | None = None
+
+    def run(self) -> Outcome:
+        """Fork, watch, and give the outcome when every process is gone and every descriptor closed."""
+        shared = self._fleet.share(self._num_workers) if self._fleet.share and self._num_workers > 1 else None
+        try:
+            with _signals_into(self._signals) as wake:
+                self._selector.register(wake, selectors.EVENT_READ, lambda: wake.recv(64))
+                try:
+                    self._start(shared)
+                    self._watch()
+                finally:
+                    self._end_all()
+            return self._with_output(self._verdict.outcome())
+        finally:
+            for member in self._members:
+                member.close()
+            self._selector.close()
+            if shared is not None:
+                shared.close()
+
+    def _start(self, shared: Any) -> None:
+        zygote.check_one_task()
+        zygote.freeze()
+        for rank in range(self._num_workers):
+            self._members.append(_Member(rank, self._fleet.plumbing))
+        for member in self._members:
+            context = WorkerContext(
+                rank=member.rank,
+                num_forked=self._num_workers,
+                sender=member.sender,
+                shared=shared,
+                **self._fleet.context,
+            )
+            become = functools.partial(self._become, member)
+            member.pid = zygote.fork_worker(context, self._fleet.body, become)
+            member.pidfd = os.pidfd_open(member.pid)
+            member.is_alive = True
+        for member in self._members:
+            member.sender.close()
+            member.output.forked()
+            self._on_readable(member.pidfd, self._ended, member)
+            self._on_readable(member.receiver, self._hear, member)
+            for stream, pipe in member.output.pipes.items():
+                self._on_readable(pipe, self._show, member, stream)
+
+    def _on_readable(self, source: Any, act: Callable[..., None], *arguments: Any) -> None:
+        self._selector.register(source, selectors.EVENT_READ, lambda: act(*arguments))
+
+    def _become(self, me: _Member) -> None:
+        """In the forked worker: keep my ends, close what belongs to the supervisor and to the others."""
+        me.output.enter()
+        self._selector.close()
+        for member in self._members:
+            member.receiver.close()
+            if member is not me:
+                member.sender.close()
+            member.output.close()
+            if member.pidfd >= 0:
+                os.close(member.pidfd)
+
+    def _watch(self) -> None:
+        while any(member.is_alive for member in self._members):
+            timeout = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+            for event, _ in self._selector.select(timeout):
+                event.data()
+            while self._signals:
+                if self._is_ending:
+                    self._deadline = time.monotonic()
+                self._do(self._verdict.interrupted(self._signals.pop(0)))
+            if self._deadline is not None and time.monotonic() >= self._deadline:
+                self._deadline_passed()
+
+    def _hear(self, member: _Member) -> None:
+        for frame in member.receiver.frames():
+            self._do(self._take(member, frame))
+        if member.receiver.at_end:
+            self._forget(member.receiver)
+
+    def _take(self, member: _Member, frame: Frame) -> Action:
+        member.told_end |= frame.kind in ("error", "exit", "done", "left")
+        if frame.kind == "error":
+            return self._verdict.failed(Failure(**frame.info))
+        if frame.kind == "exit":
+            return self._verdict.left(member.rank, frame.info)
+        if frame.kind == "wants":
+            return self._verdict.wants(frame.info["num_workers"])
+        if frame.kind == "seated":
+            self._run_folder = frame.info.get("run_folder") or self._run_folder
+        if frame.kind not in ("done", "left") and self._watcher.frame(frame):
+            return Action.END_NOW
+        return Action.GO_ON
+
+    def _show(self, member: _Member, stream: int) -> None:
+        data = member.output.read(stream)
+        if data:
+            self._watcher.output(stream, data)
+        else:
+            self._forget(member.output.pipes[stream])
+
+    def _ended(self, member: _Member) -> None:
+        self._forget(member.pidfd)
+        _, status = os.waitpid(member.pid, 0)
+        member.is_alive = False
+        self._hear(member)
+        self._forget(member.receiver)
+        for stream, pipe in member.output.pipes.items():
+            self._show(member, stream)
+            self._forget(pipe)
+        if not self._is_ending:
+            self._do(self._verdict.died(member.rank, member.pid, status, member.told_end))
+
+    def _do(self, action: Action) -> None:
+        if action is Action.END_SOON and self._deadline is None:
+            self._deadline = time.monotonic() + _GRACE
+        if action is Action.END_NOW and not self._is_ending:
+            self._is_ending = True
+            self._deadline = time.monotonic() + _PATIENCE
+            for member in self._members:
+                member.send_signal(signal.SIGTERM)
+
+    def _deadline_passed(self) -> None:
+        if not self._is_ending:
+            self._do(self._verdict.waited())
+            return
+        self._deadline = None
+        for member in self._members:
+            member.send_signal(signal.SIGKILL)
+
+    def _end_all(self) -> None:
+        """Leave no process: workers first, then what they left behind."""
+        for member in self._members:
+            if member.is_alive:
+                member.send_signal(signal.SIGKILL)
+                os.waitpid(member.pid, 0)
+                member.is_alive = False
+        end_orphans(gently=not self._is_ending)
+
+    def _forget(self, source: Any) -> None:
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(source)
+
+    def _with_output(self, outcome: Outcome) -> Outcome:
+        if not outcome.has_failed and self._run_folder is None:
+            return outcome
+        place = keep([member.output for member in self._members], self._run_folder)
+        if place is None or not outcome.has_failed:
+            return outcome
+        note = f"samestep: what the other workers printed is in {place}"
+        return replace(outcome, message=f"{outcome.message}\n{note}")
+
+
+@contextlib.contextmanager
+def _signals_into(received: list[int]) -> Iterator[socket.socket]:
+    """Collect signals in a list, and give a socket that becomes readable when one comes."""
+    near, far = socket.socketpair()
+    far.setblocking(False)
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in _SIGNALS}
+    before_fd = signal.set_wakeup_fd(far.fileno())
+    try:
+        yield near
+    finally:
+        signal.set_wakeup_fd(before_fd)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        near.close()
+        far.close()

@@ -1,0 +1,120 @@
+"""How a run ends, decided from what its workers said and how they died. Pure: no I/O, no clock."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from samestep.launching.failure import Failure
+
+
+class Action(Enum):
+    """What the supervisor does next."""
+
+    GO_ON = 0
+    END_SOON = 1
+    """Give the others a moment to do the same, or to tell more; then end them."""
+    END_NOW = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a fleet ended.
+
+    Attributes:
+        code: exit code of the run.
+        message: what to print, once; empty if nothing went wrong.
+        num_workers: workers that were forked.
+        has_failed: a worker failed (not: was ended by a signal or by its own sys.exit).
+        wants: the run asked to be started again with this many workers; None if it did not.
+    """
+
+    code: int
+    message: str
+    num_workers: int
+    has_failed: bool = False
+    wants: int | None = None
+
+
+class Verdict:
+    """Collects events of one fleet."""
+
+    def __init__(self, num_workers: int):
+        self._num_workers = num_workers
+        self._failures: list[Failure] = []
+        self._suspicion: Failure | None = None
+        self._exit: tuple[int, str] | None = None
+        self._signal: int | None = None
+        self._wants: int | None = None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a worker has failed."""
+        return bool(self._failures)
+
+    def failed(self, failure: Failure) -> Action:
+        """A worker told its error."""
+        self._failures.append(failure)
+        return Action.END_SOON if failure.of_peer else Action.END_NOW
+
+    def left(self, rank: int, info: dict[str, Any]) -> Action:
+        """A worker called `sys.exit`: no error if all do, or if it gave an exit code of its own."""
+        code = info["code"]
+        if self._exit is None or rank == 0:
+            self._exit = (code, info["message"])
+        if code != 0:
+            return Action.END_SOON
+        if not info["inside"]:
+            return Action.GO_ON
+        self._suspicion = Failure(
+            message=f"Worker {rank} called sys.exit() inside the function given to launch(), while other workers went "
+            "on. Leave it on all workers at the same step: decide by step.loss, run.mean or run.once."
+        )
+        return Action.END_SOON
+
+    def died(self, rank: int, pid: int, status: int, told: bool) -> Action:
+        """A worker's process ended with wait status `status`; `told` if it had said that and why."""
+        if told and os.WIFEXITED(status):
+            return Action.GO_ON
+        return self.failed(Failure.of_exit(rank, pid, status))
+
+    def interrupted(self, number: int) -> Action:
+        """The supervisor got a signal."""
+        self._signal = number if self._signal is None else self._signal
+        return Action.END_NOW
+
+    def wants(self, num_workers: int) -> Action:
+        """The run needs another number of workers than were forked."""
+        self._wants = num_workers
+        return Action.END_NOW
+
+    def waited(self) -> Action:
+        """The moment after END_SOON is over and some still live."""
+        if self._suspicion is not None:
+            self._failures.append(self._suspicion)
+        return Action.END_NOW
+
+    def outcome(self) -> Outcome:
+        """Return the end of it, once every worker is gone."""
+        if self._signal is not None:
+            name = signal.Signals(self._signal).name
+            return self._make(128 + self._signal, f"samestep: {name} ended the run.")
+        if self._failures:
+            cause = next((failure for failure in self._failures if not failure.of_peer), self._failures[0])
+            ranks = {f.rank for f in self._failures if f.rank is not None and f.is_same_as(cause)}
+            return self._make(cause.code, cause.text(sorted(ranks)))
+        if self._wants is not None:
+            return self._make(0, "")
+        return self._make(*(self._exit if self._exit is not None else (0, "")))
+
+    def _make(self, code: int, message: str) -> Outcome:
+        return Outcome(
+            code=code,
+            message=message,
+            num_workers=self._num_workers,
+            has_failed=self.has_failed,
+            wants=None if self.has_failed or self._signal is not None else self._wants,
+        )

@@ -1,0 +1,283 @@
+"""The ways in: `launch`, `samestep run`, `samestep verify`, and the zygote that a `launch` elsewhere starts."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Literal, NoReturn
+
+from samestep.errors import SamestepError, SettingsError, UsageError, WorkerError
+from samestep.launching import caller, environment, payload, script, zygote
+from samestep.launching.context import WorkerContext, current
+from samestep.launching.failure import Failure
+from samestep.launching.leftovers import without_empty_folders
+from samestep.launching.output import Muted, Plumbing
+from samestep.launching.supervisor import Fleet, supervise
+from samestep.settings import seat
+from samestep.settings.options import Options
+
+_WARM = (*zygote.WARM, "samestep.loop.run", "samestep.loop.session", "samestep.core.arena")
+"""What the zygote imports, so that workers need not."""
+
+_earlier: list[bytes] = []
+"""Results of the launch calls of this process, packed; empty bytes for one that failed."""
+
+
+def launch(
+    main: Callable[[Any], Any],
+    *,
+    replicas: int | Literal["workers"] = 8,
+    workers: int | None = None,
+    seed: int = 0,
+    threads: int = 1,
+    checkpoint: str | os.PathLike[str] | None = None,
+    every: int | None = None,
+    resume: str | os.PathLike[str] | None = None,
+) -> Any:
+    """Train: call `main(run)` on every worker, and return what it returned.
+
+    The same script runs alone (`python script.py`), under `samestep run`, and under torchrun or a launcher that sets
+    the same variables. In a notebook or at a prompt, `main` travels to the workers by value, with what it closes over.
+    What `samestep run` is told wins over the arguments here.
+
+    Args:
+        main: takes a `samestep.Run`.
+        replicas: logical copies of the model, part of the recipe: they decide the result. "workers" takes as many as
+            there are workers, and gives up the promise that the result does not depend on their number.
+        workers: processes to start; default one per core, at most `replicas`.
+        seed: of every random number.
+        threads: intra-op threads of each worker, part of the recipe.
+        checkpoint: folder for checkpoints.
+        every: steps between checkpoints.
+        resume: checkpoint, or folder of them, to go on from.
+
+    Returns:
+        What `main` returned. Outside of the workers: None if it holds more than numbers, text, bytes, tensors, arrays,
+        and lists, tuples and dicts of these.
+
+    Raises:
+        SettingsError: settings clash. In a script it is printed, and the exit code is 2.
+        WorkerError: a worker failed; the message holds its error. In a script it is printed, and the exit code is 1.
+    """
+    if not callable(main):
+        raise UsageError(
+            f"launch() was given {main!r}. Give it the function itself, without calling it: launch(main), not "
+            "launch(main())."
+        )
+    asked = Options(
+        workers=workers,
+        replicas=replicas,
+        threads=threads,
+        seed=seed,
+        checkpoint=os.fspath(checkpoint) if checkpoint is not None else None,
+        every=every,
+        resume=os.fspath(resume) if resume is not None else None,
+        device=environment.device_kind(),
+    )
+    context = current()
+    if context is not None:
+        return seat.take_part(context, main, asked)
+    if environment.has_launcher():
+        from samestep.settings.audience import LaunchedAudience
+
+        return seat.take_part_in_group(main, asked, LaunchedAudience(_title(script.of_this_process())))
+    return _launch_elsewhere(main, asked)
+
+
+def run_script(
+    path: str, arguments: Sequence[str], options: Options, summary_path: str | None = None
+) -> tuple[int, str]:
+    """Run a script on this host: this process becomes the zygote of its workers.
+
+    Args:
+        path: the script.
+        arguments: what it finds in `sys.argv` after its name.
+        options: what the command line set.
+        summary_path: file to write the facts of the run to.
+
+    Returns:
+        Exit code, and what to print.
+
+    Raises:
+        SettingsError: settings clash, or there is no such script.
+        SyntaxError: the script is not Python.
+    """
+    program = script.Script(path=path, argv=(path, *arguments))
+    program.check()
+    _check_folder_of(summary_path)
+    num_workers = options.num_workers(environment.num_cores())
+    environment.prepare()
+    with without_empty_folders():
+        zygote.warm(_WARM)
+        from samestep.settings.audience import Audience, plumbing
+
+        audience = Audience(_title(program))
+        fleet = _fleet(functools.partial(_play_script, program), options, plumbing())
+        outcome = supervise(fleet, num_workers, audience)
+    audience.end(summary_path)
+    return outcome.code, outcome.message
+
+
+def verify_script(
+    path: str, arguments: Sequence[str], options: Options, counts: Sequence[int]
+) -> dict[int, list[dict[str, Any]]]:
+    """Run a script's first steps at each number of workers.
+
+    Args:
+        path: the script.
+        arguments: what it finds in `sys.argv` after its name.
+        options: what the command line set; `trace` is the number of steps.
+        counts: numbers of workers.
+
+    Returns:
+        For each number, one frame per step: step, loss, tensors (name to digest).
+
+    Raises:
+        SettingsError: settings clash, or there is no such script.
+        SyntaxError: the script is not Python.
+        WorkerError: a run failed.
+    """
+    program = script.Script(path=path, argv=(path, *arguments))
+    program.check()
+    for count in counts:
+        replace(options, workers=count).check()
+    environment.prepare()
+    traces = {}
+    with without_empty_folders():
+        zygote.warm(_WARM)
+        from samestep.settings.audience import TraceAudience
+
+        for count in counts:
+            audience = TraceAudience(options.trace or 1)
+            set_here = replace(options, workers=count)
+            fleet = _fleet(functools.partial(_play_script, program), set_here, Plumbing(hidden=True))
+            outcome = supervise(fleet, count, audience)
+            if outcome.code:
+                raise WorkerError(f"The run with {count} workers failed.\n{outcome.message}".rstrip())
+            traces[count] = audience.steps
+    return traces
+
+
+def serve(descriptor: int, caller_pid: int) -> int:
+    """Be the zygote of a launch call in another process.
+
+    Args:
+        descriptor: a socket to that process.
+        caller_pid: its pid; this process does not outlive it.
+
+    Returns:
+        Exit code.
+    """
+    zygote.die_with(caller_pid)
+    job, sender = caller.receive(descriptor)
+    sys.path[:] = job.sys_path
+    with without_empty_folders():
+        zygote.warm(_WARM)
+        from samestep.settings.audience import Audience, plumbing
+
+        audience = Audience(_title(job.script))
+        options = Options.from_dict(job.options)
+        body = functools.partial(_play_payload, job)
+        fleet = _fleet(body, options, plumbing(), earlier=job.earlier, leaves=True)
+        try:
+            outcome = supervise(fleet, job.num_workers, audience)
+            code, message = outcome.code, outcome.message
+        except SamestepError as error:
+            code, message = 1, Failure.of(error).text()
+    audience.end()
+    has_result = code == 0 and audience.result is not None
+    sender.send("reply", {"code": code, "message": message, "has_result": has_result}, audience.result or b"")
+    return 0
+
+
+def _launch_elsewhere(main: Callable[[Any], Any], asked: Options) -> Any:
+    """Start a zygote for this call, and wait."""
+    home = payload.script_of(main)
+    try:
+        job = payload.Payload(
+            num_workers=asked.num_workers(environment.num_cores()),
+            options=asked.to_dict(),
+            script=home,
+            function=payload.by_value(main) if home is None else b"",
+            earlier=tuple(_earlier) if home is not None else (),
+            sys_path=payload.absolute_sys_path(),
+        )
+        asked.keeping()
+    except SettingsError as error:
+        if home is None:
+            raise
+        _leave(2, Failure.of(error).text())
+    try:
+        reply = caller.call(job)
+    except KeyboardInterrupt:
+        if home is None:
+            raise
+        _leave(130, "samestep: SIGINT ended the run.")
+    _earlier.append(reply.result if reply.code == 0 and reply.result is not None else b"")
+    if reply.code and home is not None:
+        _leave(reply.code, reply.message)
+    if reply.code:
+        raise WorkerError(reply.message or f"The function given to launch() left with exit code {reply.code}.")
+    return seat.recorded(reply.result) if reply.result is not None else None
+
+
+def _leave(code: int, message: str) -> NoReturn:
+    if message:
+        print(message, file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _fleet(body: zygote.Body, options: Options, plumbing: Plumbing, **context: Any) -> Fleet:
+    from samestep.core.arena import Handles
+
+    return Fleet(
+        body=body,
+        context={"options": options.to_dict(), **context},
+        share=Handles.create,
+        plumbing=plumbing,
+        run_folder=options.checkpoint,
+    )
+
+
+def _play_script(program: script.Script, context: WorkerContext) -> None:
+    """A worker's life under `samestep run`."""
+    program.place_folder()
+    program.run()
+    if context.num_calls == 0:
+        raise UsageError(
+            f"{program.path} ended without calling samestep.launch, so each of the {context.num_forked} workers ran "
+            "all of it alone. Put the training into a function and end the script with samestep.launch(main)."
+        )
+
+
+def _play_payload(job: payload.Payload, context: WorkerContext) -> None:
+    """A worker's life after a launch call in another process."""
+    if job.script is None:
+        main = payload.from_value(job.function)
+        seat.take_part(context, main, Options.from_dict(job.options))
+        return
+    context.muted = Muted()
+    job.script.run()
+    context.unmute()
+    raise UsageError(
+        f"Each worker ran {job.script.path} again, but it ended before launch call number {len(job.earlier) + 1}, "
+        "which your process made. Before launch() the script must do the same each time it runs: look for a condition "
+        "on time, input or files."
+    )
+
+
+def _title(program: script.Script | None) -> str:
+    return os.path.basename(program.path) if program is not None else "samestep"
+
+
+def _check_folder_of(summary_path: str | None) -> None:
+    if summary_path is None:
+        return
+    folder = os.path.dirname(os.path.abspath(summary_path))
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise SettingsError(
+            f"You set summary={summary_path}, but {folder} is not a folder one can write to. Make it, or name another."
+        )

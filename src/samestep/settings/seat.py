@@ -1,0 +1,190 @@
+"""A worker's part in a launch call: how many take part, how they reach each other, then the user's function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from samestep.core.worker import Worker
+from samestep.errors import SettingsError, UsageError
+from samestep.launching import environment
+from samestep.launching.channel import ChannelReporter
+from samestep.launching.context import WorkerContext
+from samestep.settings.options import Options
+
+Main = Callable[[Any], Any]
+"""The user's function; takes the `Run`."""
+
+
+def play(main: Main, options: Options, group: Any, reporter: Any) -> tuple[Any, dict[str, Any]]:
+    """Call the user's function with a run.
+
+    Args:
+        main: the function.
+        options: complete settings.
+        group: how this worker reaches the others.
+        reporter: where progress goes.
+
+    Returns:
+        What the function returned, and the facts of the run (complete on the first worker).
+    """
+    import torch
+
+    from samestep.core.randomness import seed_start
+    from samestep.loop.run import Run
+    from samestep.loop.session import Session
+
+    recipe = options.recipe()
+    torch.set_num_threads(recipe.threads)
+    session = Session(recipe, options.keeping(), group, reporter)
+    seed_start(recipe.seed)
+    result = main(Run(session))
+    return result, session.finish(result)
+
+
+def take_part(context: WorkerContext, main: Main, asked: Options) -> Any:
+    """Play a launch call in a forked worker. Returns what the user's function returned.
+
+    Raises:
+        SettingsError: settings clash.
+        UsageError: launch calls that cannot work together.
+    """
+    number = context.num_calls
+    context.num_calls += 1
+    if context.is_playing:
+        raise UsageError("launch() was called inside the function given to launch(). Call it once, from outside.")
+    if number < len(context.earlier):
+        return recorded(context.earlier[number])
+    options = Options.from_dict(context.options).over(asked)
+    worker = _seat(context, options)
+    if context.group is None:
+        context.group = _group(worker, context.shared)
+    if worker.is_first:
+        context.sender.send("seated", {"num_workers": worker.size, "run_folder": options.checkpoint})
+    from samestep.loop.session import TraceEnded
+
+    context.unmute()
+    context.is_playing = True
+    try:
+        result, facts = play(main, options, context.group, ChannelReporter(context.sender))
+    except TraceEnded:
+        context.leave()
+    context.is_playing = False
+    if worker.is_first:
+        blob, warning = packed(result) if context.leaves else (b"", "")
+        context.sender.send("finished", {"facts": _with_settings(facts, result, options), "warning": warning}, blob)
+    if context.leaves:
+        context.leave()
+    return result
+
+
+def take_part_in_group(main: Main, asked: Options, audience: Any) -> Any:
+    """Play a launch call in a process that torchrun, or a launcher like it, has started.
+
+    Args:
+        main: the user's function.
+        asked: settings of the launch call.
+        audience: makes a reporter for the first worker, and is told the facts at the end.
+
+    Raises:
+        SettingsError: settings clash, with each other or with the launcher's.
+    """
+    from samestep.core.process_group import ProcessGroup
+
+    worker = environment.launched_worker()
+    if asked.workers is not None and asked.workers != worker.size:
+        raise SettingsError(
+            f"You set workers={asked.workers}, but the launcher started {worker.size} (WORLD_SIZE). Leave workers out "
+            f"of launch(), or start {asked.workers}."
+        )
+    replace(asked, workers=worker.size, device=None).check()
+    environment.prepare_running()
+    device, staged = _device_of(asked.device, worker.local_rank, environment.num_local_workers())
+    group = ProcessGroup.join(replace(worker, device=device), staged=staged)
+    try:
+        result, facts = play(main, asked, group, audience.reporter(worker.is_first))
+    finally:
+        group.close()
+    if worker.is_first:
+        audience.finished(_with_settings(facts, result, asked))
+    return result
+
+
+def packed(result: Any) -> tuple[bytes, str]:
+    """Return `result` as bytes for another process, and a warning if it cannot go there (then it is None)."""
+    from samestep.core import wire
+
+    try:
+        return wire.pack([result]), ""
+    except TypeError as error:
+        reason = str(error).replace("value[0]", "the result", 1)
+        return wire.pack([None]), (
+            f"samestep: what the function returned cannot be sent back, so launch() returns None: {reason} Save other "
+            "things in the function (run.save, run.once), or use them there."
+        )
+
+
+def recorded(blob: bytes) -> Any:
+    """Return the result of a launch call that the caller's process made before.
+
+    Raises:
+        SystemExit: that call failed, as it did there.
+    """
+    from samestep.core import wire
+
+    if not blob:
+        raise SystemExit(1)
+    return wire.unpack(blob)[0]
+
+
+def _with_settings(facts: dict[str, Any], result: Any, options: Options) -> dict[str, Any]:
+    """Return the facts of the summary, with what only this room knows."""
+    import torch
+
+    notes = list(facts.get("notes") or ())
+    is_fixed = options.recipe().replicas != "workers"
+    if not is_fixed:
+        notes.append("replicas='workers': the result depends on the number of workers")
+    return {**facts, "result": result, "notes": notes, "replicas_fixed": is_fixed, "torch": str(torch.__version__)}
+
+
+def _seat(context: WorkerContext, options: Options) -> Worker:
+    """Decide, as every worker does alone and alike, how many take part. Does not return in one that is not needed."""
+    first_time = context.num_seated is None
+    available = context.num_forked if context.num_seated is None else context.num_seated
+    size = options.num_workers(available)
+    if not first_time and size != available:
+        raise UsageError(
+            f"This script calls launch() with {available} workers and then with {size}. Give all its launch calls the "
+            f"same number: --workers {min(size, available)}, or start it with `python`."
+        )
+    if size > available and context.rank == 0:
+        context.sender.send("wants", {"num_workers": size})
+    if size > available or context.rank >= size:
+        context.leave()
+    context.num_seated = size
+    device, _ = _device_of(options.device, 0, 1)
+    return Worker(rank=context.rank, size=size, local_rank=context.rank, device=device)
+
+
+def _group(worker: Worker, shared: Any) -> Any:
+    if worker.size == 1:
+        from samestep.core.group import Solo
+
+        return Solo(worker)
+    from samestep.core.arena import Arena
+
+    return Arena(worker, shared)
+
+
+def _device_of(kind: str | None, local_rank: int, num_local: int) -> tuple[str, bool]:
+    """Return a worker's device, and whether GPUs are shared, so that tensors must cross through the host's memory."""
+    if kind != "cuda":
+        return "cpu", False
+    import torch
+
+    num_devices = torch.cuda.device_count()
+    if num_devices == 0:
+        raise SettingsError("You set device='cuda', but torch finds no GPU here. Use --device cpu, or leave it out.")
+    return f"cuda:{local_rank % num_devices}", num_local > num_devices

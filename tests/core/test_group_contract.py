@@ -1,0 +1,613 @@
+"""The contract of the seam, held over every group.
+
+A program is a function of a group that every worker plays; it asserts, and returns what the test compares. `Played`
+plays it alone, as threads (also wrapped), or as processes that share memory (arena) or send (gloo).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from samestep.core.fakes import Counting, Delaying, Failing, run_threads, thread_groups
+from samestep.core.group import ALIGNMENT, Group, Solo
+from samestep.core.process_group import ProcessGroup
+from samestep.core.randomness import seed_everything
+from samestep.core.worker import Worker
+from samestep.errors import MismatchError, PeerError, SettingsError, UsageError
+
+WRAPPERS = {
+    "counting": Counting,
+    "failing": lambda group: Failing(group, "exchange", 1_000_000),
+    "delaying": lambda group: Delaying(group, 0.0),
+}
+IN_PROCESS = [("solo", 1), ("threads", 2), ("threads", 4)] + [(name, 3) for name in WRAPPERS]
+ARENAS = [("arena", 2), ("arena", 3), ("arena", 4)]
+GLOOS = [("gloo", 2), ("gloo", 3), ("gloo-staged", 2), ("gloo", 1)]
+ALL = IN_PROCESS + ARENAS + GLOOS
+
+
+def play(fleet, kind: str, size: int, program, **arguments) -> list:
+    """Play a program that no worker may fail; return what the workers returned."""
+    if kind == "solo":
+        return [program(Solo(), **arguments)]
+    if kind == "threads" or kind in WRAPPERS:
+        wrap = WRAPPERS.get(kind, lambda group: group)
+        return run_threads(lambda group: program(wrap(group), **arguments), size)
+    outcomes = fleet.outcomes(program, kind, size, **arguments)
+    for rank, outcome in enumerate(outcomes):
+        assert "returned" in outcome, f"worker {rank}: {outcome.get('traceback', outcome)}"
+        assert outcome["left"] == [], f"worker {rank} left something behind"
+    return [outcome["returned"] for outcome in outcomes]
+
+
+def over(kinds):
+    return pytest.mark.parametrize(("kind", "size"), kinds, ids=[f"{kind}-{size}" for kind, size in kinds])
+
+
+def noise(num_bytes: int, *key: int) -> bytes:
+    """Return bytes that depend on `key` alone, so that a reader can tell whose and when they are."""
+    return np.random.default_rng(key).bytes(num_bytes)
+
+
+def noise_tensor(num_bytes: int, *key: int) -> torch.Tensor:
+    return torch.from_numpy(np.frombuffer(noise(num_bytes, *key), dtype=np.uint8).copy())
+
+
+def layout_of(size: int, num_bytes: int, seed: int) -> dict:
+    """Draw uneven buffers, nodes in any order, and runs with gaps and empty ones, the same on every worker."""
+    rng = random.Random(seed)
+    buffers_of = [rng.randint(1, 3) for _ in range(size)]
+    nodes_of = [rng.sample(range(count), rng.randint(1, count)) for count in buffers_of]
+    cuts = sorted(rng.randint(0, num_bytes) for _ in range(2 * size))
+    runs = [range(cuts[2 * w], cuts[2 * w + 1]) for w in range(size)]
+    if seed % 2:
+        empty = rng.randrange(size)
+        runs[empty] = range(runs[empty].start, runs[empty].start)
+    return {"num_bytes": num_bytes, "buffers_of": buffers_of, "nodes_of": nodes_of, "runs": runs}
+
+
+# ---------------------------------------------------------------------------------------------------- exchange
+
+
+def exchange_keeps_rank_order(group: Group) -> list[str]:
+    replies = group.exchange(f"worker {group.worker.rank}".encode())
+    assert all(type(reply) is bytes for reply in replies)
+    return [reply.decode() for reply in replies]
+
+
+@over(ALL)
+def test_exchange_gives_all_messages_in_rank_order(fleet, kind, size):
+    expected = [f"worker {rank}" for rank in range(size)]
+    assert play(fleet, kind, size, exchange_keeps_rank_order) == [expected] * size
+
+
+def exchange_keeps_lengths(group: Group, lengths: list[int]) -> None:
+    rank, size = group.worker.rank, group.worker.size
+    for turn in range(len(lengths)):
+        length_of = [lengths[(turn + w) % len(lengths)] for w in range(size)]
+        replies = group.exchange(noise(length_of[rank], turn, rank))
+        assert replies == [noise(length_of[w], turn, w) for w in range(size)]
+
+
+@over(ALL)
+def test_exchange_keeps_every_length(fleet, kind, size):
+    # Around the sizes of slots and buffers, several of them in one round, and above 1 MiB.
+    lengths = [0, 1, 4087, 4088, 4089, 4096, 4097, 0, 65535, 65536, 65537, 131071, 1_500_001, 0, 7]
+    play(fleet, kind, size, exchange_keeps_lengths, lengths=lengths)
+
+
+def exchange_many_rounds(group: Group, num_rounds: int) -> None:
+    rank, size = group.worker.rank, group.worker.size
+    dice = random.Random(rank)
+    kept = []
+    for turn in range(num_rounds):
+        if dice.random() < 0.05:
+            time.sleep(dice.random() * 5e-4)
+        replies = group.exchange(b"%d of %d" % (turn, rank))
+        assert replies == [b"%d of %d" % (turn, w) for w in range(size)]
+        kept.append(replies)
+    assert kept == [[b"%d of %d" % (turn, w) for w in range(size)] for turn in range(num_rounds)]
+
+
+@over(ALL)
+def test_nobody_sees_an_old_or_a_future_message(fleet, kind, size):
+    play(fleet, kind, size, exchange_many_rounds, num_rounds=200 if kind in WRAPPERS else 1000)
+
+
+def writes_are_seen(group: Group, num_rounds: int) -> None:
+    """What a worker writes before an exchange, all see after it; so nobody left it before all had come."""
+    rank, size = group.worker.rank, group.worker.size
+    words = group.allocate(64 * size).view(torch.int64).view(size, 8).numpy()
+    dice = random.Random(rank)
+    for turn in range(1, num_rounds + 1):
+        if dice.random() < 0.05:
+            time.sleep(dice.random() * 5e-4)
+        words[rank, 0] = turn
+        group.exchange(b"")
+        assert all(turn <= words[w, 0] <= turn + 1 for w in range(size))
+
+
+@over(IN_PROCESS + ARENAS)
+def test_exchange_publishes_what_was_written(fleet, kind, size):
+    play(fleet, kind, size, writes_are_seen, num_rounds=200 if kind in WRAPPERS else 500)
+
+
+# ---------------------------------------------------------------------------------------------------- memory
+
+
+def allocate_keeps_its_word(group: Group) -> bool:
+    rank, size = group.worker.rank, group.worker.size
+    lengths = [size, 63, 64, 65, 1000, 4096, 4097, 1 << 20]
+    lengths = [max(length, size) for length in lengths]
+    memories = [group.allocate(length) for length in lengths]
+    for memory, length in zip(memories, lengths, strict=True):
+        assert (memory.dtype, tuple(memory.shape)) == (torch.uint8, (length,))
+        assert memory.data_ptr() % ALIGNMENT == 0
+        assert not memory.any()
+    spans = sorted((m.data_ptr(), m.data_ptr() + m.numel()) for m in memories)
+    assert all(stop <= start for (_, stop), (start, _) in zip(spans, spans[1:], strict=False))
+    group.exchange(b"")
+    for number, memory in enumerate(memories):
+        memory[rank] = 10 * (number + 1) + rank
+    group.exchange(b"")
+    for number, memory in enumerate(memories):
+        shown = [10 * (number + 1) + w if group.shares_memory or w == rank else 0 for w in range(size)]
+        assert memory[:size].tolist() == shown
+        assert not memory[size:].any()
+    return group.shares_memory
+
+
+@over(ALL)
+def test_memory_is_zero_aligned_apart_and_shared_as_said(fleet, kind, size):
+    shared = not kind.startswith("gloo")
+    assert play(fleet, kind, size, allocate_keeps_its_word) == [shared] * size
+
+
+# ---------------------------------------------------------------------------------------------------- gradients
+
+
+def collect_returns_what_was_published(group: Group, num_bytes: int, seeds: list[int], num_steps: int) -> int:
+    """Two or more areas at once, filled in turn. Returns the number of bytes that were compared."""
+    rank, size = group.worker.rank, group.worker.size
+    bystander = group.allocate(256)
+    layouts = [layout_of(size, num_bytes + seed, seed) for seed in seeds]
+    areas = [group.gradient_area(**layout) for layout in layouts]
+    places = [[[node.data_ptr() for node in nodes] for nodes in area.nodes] for area in areas]
+    num_compared = 0
+    for step in range(num_steps):
+        for number, (layout, area) in enumerate(zip(layouts, areas, strict=True)):
+            length, run = layout["num_bytes"], layout["runs"][rank]
+            assert len(area.mine) == layout["buffers_of"][rank]
+            for b, buffer in enumerate(area.mine):
+                assert (buffer.dtype, tuple(buffer.shape)) == (torch.uint8, (length,))
+                assert buffer.data_ptr() % ALIGNMENT == 0
+                buffer.copy_(noise_tensor(length, step, number, rank, b))
+            group.exchange(b"published")
+            area.collect()
+            assert [len(nodes) for nodes in area.nodes] == [len(nodes) for nodes in layout["nodes_of"]]
+            for w, nodes in enumerate(layout["nodes_of"]):
+                for node, b in zip(area.nodes[w], nodes, strict=True):
+                    published = noise_tensor(length, step, number, w, b)[run.start : run.stop]
+                    assert torch.equal(node, published), (step, number, w, b)
+                    num_compared += node.numel()
+            for b, buffer in enumerate(area.mine):
+                assert torch.equal(buffer, noise_tensor(length, step, number, rank, b))
+            group.exchange(b"read")
+    assert [[[node.data_ptr() for node in nodes] for nodes in area.nodes] for area in areas] == places
+    assert not bystander.any()
+    return num_compared
+
+
+@over(ALL)
+@pytest.mark.parametrize("num_bytes", [1, 1000, 70_001])
+def test_collect_gives_each_owner_its_runs_of_all_nodes(fleet, kind, size, num_bytes):
+    seeds = list(range(6))
+    compared = play(
+        fleet, kind, size, collect_returns_what_was_published, num_bytes=num_bytes, seeds=seeds, num_steps=3
+    )
+    layouts = [layout_of(size, num_bytes + seed, seed) for seed in seeds]
+    num_nodes = [sum(len(nodes) for nodes in layout["nodes_of"]) for layout in layouts]
+    assert compared == [
+        3 * sum(n * len(layout["runs"][rank]) for n, layout in zip(num_nodes, layouts, strict=True))
+        for rank in range(size)
+    ]
+
+
+@over([("arena", 2), ("gloo", 2), ("gloo", 3), ("gloo-staged", 2)])
+def test_collect_moves_large_buffers(fleet, kind, size):
+    compared = play(
+        fleet, kind, size, collect_returns_what_was_published, num_bytes=3_000_000, seeds=[4], num_steps=1
+    )
+    assert sum(compared) > 1_000_000
+
+
+def area_without_runs(group: Group) -> None:
+    size = group.worker.size
+    area = group.gradient_area(100, [2] * size, [[1, 0]] * size, [range(0, 0)] * size)
+    group.exchange(b"")
+    area.collect()
+    assert [node.numel() for nodes in area.nodes for node in nodes] == [0] * (2 * size)
+
+
+@over(ALL)
+def test_an_area_of_which_nobody_owns_anything(fleet, kind, size):
+    play(fleet, kind, size, area_without_runs)
+
+
+# ---------------------------------------------------------------------------------------------------- share
+
+
+def share_shows_the_owners_bytes(group: Group, num_bytes: int, seeds: list[int], num_steps: int) -> None:
+    rank, size = group.worker.rank, group.worker.size
+    runs_of = [layout_of(size, num_bytes, seed)["runs"] for seed in seeds]
+    memories = [group.allocate(num_bytes) for _ in seeds]
+    bystander = group.allocate(256)
+    group.exchange(b"")
+    for step in range(num_steps):
+        for number, (memory, runs) in enumerate(zip(memories, runs_of, strict=True)):
+            own = runs[rank]
+            memory[own.start : own.stop] = noise_tensor(len(own), step, number, rank)
+            group.share(memory, runs)
+        group.exchange(b"shared")
+        for number, (memory, runs) in enumerate(zip(memories, runs_of, strict=True)):
+            expected = torch.zeros(num_bytes, dtype=torch.uint8)
+            for w, run in enumerate(runs):
+                expected[run.start : run.stop] = noise_tensor(len(run), step, number, w)
+            assert torch.equal(memory, expected)
+        group.exchange(b"read")
+    assert not bystander.any()
+
+
+@over(ALL)
+@pytest.mark.parametrize("num_bytes", [3, 70_001])
+def test_share_shows_everybody_the_owners_bytes(fleet, kind, size, num_bytes):
+    play(fleet, kind, size, share_shows_the_owners_bytes, num_bytes=num_bytes, seeds=[0, 1, 2, 3], num_steps=3)
+
+
+# ---------------------------------------------------------------------------------------------------- a worker ends
+
+
+def goes_on_until_one_is_gone(group: Group, victim: int, at_round: int, how: str) -> int:
+    """Returns the number of whole rounds before the `PeerError`."""
+    for turn in range(at_round + 100):
+        if group.worker.rank == victim and turn == at_round:
+            end(how)
+        try:
+            group.exchange(noise(5000, turn))
+        except PeerError as error:
+            assert str(error)
+            with pytest.raises(PeerError):
+                group.exchange(b"still here?")
+            return turn
+    raise AssertionError("nobody was missed")
+
+
+def end(how: str) -> None:
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise ValueError("planted")
+
+
+@over([entry for entry in ARENAS + GLOOS if entry[1] > 1])
+@pytest.mark.parametrize("how", ["kill", "raise"])
+@pytest.mark.parametrize("at_round", [0, 7])
+def test_who_waits_for_a_worker_that_ended_gets_a_peer_error(fleet, kind, size, how, at_round):
+    # The arena learns of it from its supervisor; here that is the fleet's parent, which calls Handles.abort.
+    victim = size // 2
+    outcomes = fleet.outcomes(
+        goes_on_until_one_is_gone, kind, size, limit_seconds=20, victim=victim, at_round=at_round, how=how
+    )
+    ended = outcomes.pop(victim)
+    assert ended["exit"] == -signal.SIGKILL if how == "kill" else ended["raised"][0] == "ValueError", ended
+    for outcome in outcomes:
+        # Who is one round behind may hear of the abort before it sees that this round was complete.
+        assert outcome.get("returned") in (at_round - 1, at_round), outcome
+        assert outcome["left"] == []
+
+
+@pytest.mark.parametrize("at_round", [0, 7])
+@pytest.mark.parametrize("size", [2, 3])
+def test_threads_get_a_peer_error_when_one_raises(size, at_round):
+    victim, rounds = size // 2, {}
+
+    def program(group):
+        rounds[group.worker.rank] = goes_on_until_one_is_gone(group, victim, at_round, "raise")
+
+    with pytest.raises(ValueError, match="planted"):
+        run_threads(program, size)
+    assert rounds == {rank: at_round for rank in range(size) if rank != victim}
+
+
+def one_is_gone_before_the_transfer(group: Group, victim: int) -> str:
+    """Returns which call told it."""
+    size = group.worker.size
+    num_bytes = 4_000_000
+    runs = [range(w * num_bytes // size, (w + 1) * num_bytes // size) for w in range(size)]
+    area = group.gradient_area(num_bytes, [1] * size, [[0]] * size, runs)
+    memory = group.allocate(num_bytes)
+    group.exchange(b"published")
+    if group.worker.rank == victim:
+        end("kill")
+    for name, call in (
+        ("collect", area.collect),
+        ("share", lambda: group.share(memory, runs)),
+        ("exchange", lambda: group.exchange(b"updated")),
+    ):
+        try:
+            call()
+        except PeerError:
+            return name
+    return "nobody"
+
+
+@over([("arena", 3), ("gloo", 2), ("gloo", 3), ("gloo-staged", 2)])
+def test_a_worker_that_ends_before_a_transfer_is_missed(fleet, kind, size):
+    outcomes = fleet.outcomes(one_is_gone_before_the_transfer, kind, size, limit_seconds=20, victim=1)
+    assert outcomes.pop(1)["exit"] == -signal.SIGKILL
+    told = {outcome.get("returned", str(outcome)) for outcome in outcomes}
+    assert told == ({"exchange"} if kind == "arena" else {"collect"})
+    assert all(outcome["left"] == [] for outcome in outcomes)
+
+
+# ---------------------------------------------------------------------------------------------------- names and ports
+
+
+def has_no_name(group: Group) -> list[str]:
+    """Returns the sockets and named shared memories that this worker holds while the group is in use."""
+    memory = group.allocate(1000)
+    group.exchange(b"")
+    links = []
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            links.append(os.readlink(f"/proc/self/fd/{number}"))
+        except FileNotFoundError:
+            pass
+    with open("/proc/self/maps") as maps:
+        links += [line.split(maxsplit=5)[-1].strip() for line in maps]
+    assert memory.numel() == 1000
+    return sorted({link for link in links if link.startswith(("socket:", "/dev/shm"))})
+
+
+def test_the_arena_has_no_name_and_no_port(fleet):
+    assert play(fleet, "arena", 2, has_no_name) == [[], []]
+
+
+def test_the_check_for_names_sees_sockets(fleet):
+    assert all(links for links in play(fleet, "gloo", 2, has_no_name))
+
+
+def leaves_a_descriptor(group: Group) -> None:
+    os.dup(0)
+
+
+def test_the_check_for_what_is_left_sees_a_descriptor(fleet):
+    outcomes = fleet.outcomes(leaves_a_descriptor, "arena", 2)
+    assert [len(outcome["left"]) for outcome in outcomes] == [1, 1]
+
+
+# ---------------------------------------------------------------------------------------------------- fakes
+
+
+def test_threads_run_one_at_a_time_in_rank_order():
+    running, trace = [], []
+
+    def program(group):
+        for turn in range(3):
+            running.append(group.worker.rank)
+            time.sleep(0.001)
+            trace.append((turn, tuple(running)))
+            running.remove(group.worker.rank)
+            group.exchange(b"")
+
+    run_threads(program, 3)
+    assert trace == [(turn, (rank,)) for turn in range(3) for rank in range(3)]
+
+
+def test_each_thread_finds_the_generators_as_it_left_them():
+    def draw():
+        return [torch.rand(1).item(), np.random.rand(), random.random()]
+
+    def program(group):
+        first = draw()
+        group.exchange(b"")
+        seed_everything(100 + group.worker.rank)
+        second = draw()
+        group.exchange(b"")
+        return first, second, draw()
+
+    seed_everything(5)
+    start = draw()
+    expected = []
+    for rank in range(3):
+        seed_everything(100 + rank)
+        expected.append((start, draw(), draw()))
+    seed_everything(5)
+    assert run_threads(program, 3) == expected
+    assert draw() == start
+
+
+def test_a_thread_that_returns_early_is_missed():
+    def program(group):
+        group.exchange(b"")
+        if group.worker.rank != 1:
+            group.exchange(b"")
+
+    with pytest.raises(PeerError, match="worker 1 has ended"):
+        run_threads(program, 3)
+
+
+def test_the_first_error_that_is_no_peer_error_is_raised():
+    def program(group):
+        group.exchange(b"")
+        if group.worker.rank == 0:
+            raise PeerError("a consequence")
+        raise KeyError(f"cause in {group.worker.rank}")
+
+    with pytest.raises(KeyError, match="cause in 1"):
+        run_threads(program, 3)
+
+
+def test_threads_that_allocate_different_sizes_are_told():
+    with pytest.raises(MismatchError, match="asks for 20 bytes where another asked for 10"):
+        run_threads(lambda group: group.allocate(10 * (1 + group.worker.rank)), 2)
+
+
+def test_thread_groups_know_their_worker():
+    assert [group.worker for group in thread_groups(2)] == [Worker(rank=r, size=2, local_rank=r) for r in range(2)]
+
+
+def counts_what_it_moves(group: Group) -> dict:
+    counting = Counting(group)
+    rank = counting.worker.rank
+    runs = [range(0, 100), range(100, 164), range(164, 171)]
+    memory = counting.allocate(171)
+    area = counting.gradient_area(171, [2, 2, 1], [[1, 0], [1], [0]], runs)
+    for _ in range(2):
+        counting.exchange(b"x" * (rank + 1))
+        area.collect()
+    counting.share(memory, runs)
+    counting.exchange(b"")
+    return {kind: [counting.num_calls[kind], counting.num_bytes[kind]] for kind in counting.num_calls}
+
+
+@over([("threads", 3), ("arena", 3), ("gloo", 3)])
+def test_counting_counts_calls_and_bytes(fleet, kind, size):
+    share = [0, 0, 0] if kind != "gloo" else [71, 107, 164]
+    assert play(fleet, kind, size, counts_what_it_moves) == [
+        {"exchange": [3, 10], "collect": [2, 2 * 2 * 100], "share": [1, share[0]]},
+        {"exchange": [3, 8], "collect": [2, 2 * 3 * 64], "share": [1, share[1]]},
+        {"exchange": [3, 6], "collect": [2, 2 * 3 * 7], "share": [1, share[2]]},
+    ]
+
+
+@pytest.mark.parametrize("kind", ["exchange", "collect", "share"])
+def test_failing_raises_at_its_call_and_only_there(kind):
+    group = Failing(Solo(), kind, 2, OSError("planted"))
+    area = group.gradient_area(8, [1], [[0]], [range(0, 8)])
+    memory = group.allocate(8)
+    calls = {
+        "exchange": lambda: group.exchange(b"m"),
+        "collect": area.collect,
+        "share": lambda: group.share(memory, [range(0, 8)]),
+    }
+    for turn in (1, 2, 3):
+        for name, call in calls.items():
+            if (turn, name) == (2, kind):
+                with pytest.raises(OSError, match="planted"):
+                    call()
+            else:
+                call()
+
+
+def test_failing_in_one_thread_ends_the_others():
+    ended = []
+
+    def program(group):
+        if group.worker.rank == 1:
+            group = Failing(group, "exchange", 3, OSError("planted"))
+        try:
+            for _ in range(5):
+                group.exchange(b"")
+        finally:
+            ended.append(group.worker.rank)
+
+    with pytest.raises(OSError, match="planted"):
+        run_threads(program, 3)
+    assert sorted(ended) == [0, 1, 2]
+
+
+def test_failing_refuses_an_unknown_kind():
+    with pytest.raises(ValueError, match="'barrier'; it must be one of exchange"):
+        Failing(Solo(), "barrier", 1)
+
+
+def test_delaying_sleeps_before_each_call(monkeypatch):
+    naps = []
+    monkeypatch.setattr("samestep.core.fakes.time.sleep", naps.append)
+    group = Delaying(Solo(), 0.25)
+    area = group.gradient_area(8, [1], [[0]], [range(0, 8)])
+    assert group.exchange(b"m") == [b"m"]
+    area.collect()
+    group.share(group.allocate(8), [range(0, 8)])
+    assert naps == [0.25] * 3
+
+
+# ---------------------------------------------------------------------------------------------------- torch.distributed
+
+
+def shares_the_default_group(bare) -> list[str]:
+    rank, size = bare.worker.rank, bare.worker.size
+    dist.init_process_group("gloo", init_method=bare.meeting, rank=rank, world_size=size)
+    with pytest.raises(UsageError, match=r"Use ProcessGroup\(worker\)"):
+        ProcessGroup.join(bare.worker, init_method=bare.meeting)
+    with pytest.raises(SettingsError, match=f"rank {rank} of {size + 1}"):
+        ProcessGroup(Worker(rank=rank, size=size + 1))
+    group = ProcessGroup(bare.worker)
+    replies = group.exchange(b"%d" % rank)
+    group.close()
+    # The caller's own group goes on.
+    total = torch.tensor([rank + 1])
+    dist.all_reduce(total)
+    assert total.item() == size * (size + 1) // 2
+    dist.destroy_process_group()
+    return [reply.decode() for reply in replies]
+
+
+def test_a_default_group_of_the_callers_is_used_and_left_alone(fleet):
+    assert play(fleet, "bare", 2, shares_the_default_group) == [["0", "1"]] * 2
+
+
+def nobody_else_comes(bare) -> str:
+    with pytest.raises(PeerError, match="not all came") as caught:
+        ProcessGroup.join(Worker(rank=0, size=2), init_method=bare.meeting, timeout_seconds=1)
+    assert caught.value.__cause__ is not None
+    assert not dist.is_initialized()
+    return str(caught.value)
+
+
+def test_joining_alone_ends_with_a_peer_error(fleet):
+    (message,) = play(fleet, "bare", 1, nobody_else_comes)
+    assert "waited up to 1 s" in message
+
+
+def one_stops_coming(bare, call: str) -> str:
+    group = ProcessGroup.join(bare.worker, init_method=bare.meeting, timeout_seconds=1)
+    runs = [range(0, 100), range(100, 200)]
+    area = group.gradient_area(200, [1, 1], [[0], [0]], runs)
+    group.exchange(b"")
+    told = "nothing"
+    if group.worker.rank == 0:
+        calls = {"exchange": lambda: group.exchange(b""), "collect": area.collect}
+        with pytest.raises(PeerError, match="did not come in time") as caught:
+            calls[call]()
+        assert caught.value.__cause__ is not None
+        told = call
+        os.mknod(bare.meeting.removeprefix("file://") + ".told")
+    else:
+        while not os.path.exists(bare.meeting.removeprefix("file://") + ".told"):
+            time.sleep(0.01)
+    group.close()
+    return told
+
+
+@pytest.mark.parametrize("call", ["exchange", "collect"])
+def test_a_worker_that_does_not_come_in_time_counts_as_gone(fleet, call):
+    assert play(fleet, "bare", 2, one_stops_coming, call=call) == [call, "nothing"]
+
+
+def test_without_a_default_group_there_is_no_group():
+    with pytest.raises(UsageError, match="not initialised"):
+        ProcessGroup(Worker())
+
+
+def test_a_meeting_place_that_cannot_be_used_is_a_settings_error():
+    with pytest.raises(SettingsError, match="cannot meet at 'nowhere"):
+        ProcessGroup.join(Worker(), init_method="nowhere://host", timeout_seconds=1)

@@ -1,0 +1,187 @@
+"""Supervises a fleet whose workers do something simple, and prints how it ended. Run by the `drive` fixture.
+
+There is no torch in it, so it starts at once.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+from samestep.errors import PeerError, SettingsError, UsageError
+from samestep.launching.supervisor import Fleet, supervise
+
+
+def ordinary(context):
+    print(f"worker {context.rank} prints")
+    context.sender.send("progress", {"rank": context.rank, "forked": context.num_forked, "pid": os.getpid()})
+    if context.rank == 0:
+        context.sender.send("finished", {"facts": {}}, b"x" * 3_000_000)
+
+
+def one_raises(context):
+    print(f"worker {context.rank} prints")
+    if context.rank == 1:
+        raise ValueError("the second worker's error")
+    time.sleep(60)
+
+
+def all_raise(context):
+    raise ValueError("everyone's error")
+
+
+def peer_first(context):
+    if context.rank == 0:
+        raise PeerError("worker 1 is gone")
+    time.sleep(0.3)
+    raise ValueError("the cause")
+
+
+def only_peers(context):
+    if context.rank == 0:
+        raise PeerError("worker 1 does not answer")
+    time.sleep(60)
+
+
+def wrong_settings(context):
+    raise SettingsError("These settings clash.")
+
+
+def wrong_use(context):
+    context.is_playing = True
+    raise SettingsError("These settings clash in the middle.")
+
+
+def killed(context):
+    if context.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def crashed(context):
+    if context.rank == 1:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    time.sleep(60)
+
+
+def os_exit(context):
+    if context.rank == 1:
+        os._exit(7)
+    time.sleep(60)
+
+
+def exit_code(context):
+    sys.exit(3)
+
+
+def exit_message(context):
+    sys.exit("good bye")
+
+
+def exit_all(context):
+    context.is_playing = True
+    sys.exit()
+
+
+def exit_one(context):
+    context.is_playing = True
+    if context.rank == 1:
+        sys.exit(0)
+    time.sleep(60)
+
+
+def stubborn(context):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if context.rank == 0:
+        raise ValueError("the first error")
+    time.sleep(60)
+
+
+def wants_three(context):
+    if context.num_forked == 3:
+        context.sender.send("progress", {"rank": context.rank, "forked": 3})
+        return
+    if context.rank == 0:
+        context.sender.send("wants", {"num_workers": 3})
+    context.leave()
+
+
+def leaves(context):
+    if context.rank > 0:
+        context.leave()
+    context.sender.send("progress", {"rank": 0, "forked": context.num_forked})
+
+
+def abandons_child(context):
+    child = subprocess.Popen(["sleep", "60"])
+    context.sender.send("progress", {"pid": child.pid})
+
+
+def abandons_child_and_fails(context):
+    abandons_child(context)
+    raise UsageError("It failed.")
+
+
+def sleeps(context):
+    print("ready", os.getpid(), flush=True)
+    context.sender.send("progress", {"pid": os.getpid()})
+    time.sleep(60)
+
+
+def traced(context):
+    for step in range(1000):
+        context.sender.send("trace", {"step": step})
+        time.sleep(0.001)
+
+
+def never(context):
+    raise AssertionError("a worker was forked")
+
+
+class Recorder:
+    """Keeps what it is told; pids are shown at once, for tests that interfere."""
+
+    def __init__(self, num_traces):
+        self.frames = []
+        self._num_traces = num_traces
+
+    def frame(self, frame):
+        self.frames.append([frame.kind, frame.info, len(frame.blob)])
+        if "pid" in frame.info:
+            print("pid", frame.info["pid"], flush=True)
+        return sum(kind == "trace" for kind, _, _ in self.frames) >= self._num_traces
+
+    def output(self, stream, data):
+        raise AssertionError("output was not to be read")
+
+
+def main():
+    body, num_workers = globals()[sys.argv[1]], int(sys.argv[2])
+    if body is never:
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    recorder = Recorder(num_traces=5)
+    before = sorted(os.listdir("/proc/self/fd"))
+    try:
+        outcome = supervise(Fleet(body=body), num_workers, recorder)
+    except SettingsError as error:
+        print(json.dumps({"settings_error": str(error)}))
+        return
+    print(
+        json.dumps(
+            {
+                "code": outcome.code,
+                "message": outcome.message,
+                "num_workers": outcome.num_workers,
+                "frames": recorder.frames,
+                "same_descriptors": before == sorted(os.listdir("/proc/self/fd")),
+                "children": open(f"/proc/self/task/{os.getpid()}/children").read(),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
