@@ -15,6 +15,7 @@ import torch
 from samestep.core import wire
 from samestep.core.group import Group
 from samestep.core.layout import Piece
+from samestep.core.memory import give_back
 from samestep.core.optimizers import bare_copy
 from samestep.core.places import Description, Slot, agree_on, make_places
 from samestep.core.update import State, Sums, Update
@@ -139,6 +140,7 @@ class ElementUpdate(Update):
         self._group.exchange(b"")
         for (parameter, key), place in places.items():
             self._optimizer.state[self._weights.parameters[parameter]][key] = place
+        give_back()  # the tensors that the optimizer made
 
     def _description(self, piece: Piece, value: torch.Tensor) -> Description:
         whole = self._weights.views[piece.parameter]

@@ -21,7 +21,7 @@ from samestep.core.gradients import Gradients
 from samestep.core.group import Group
 from samestep.core.guard import Guard
 from samestep.core.layout import GRANULE, PIECE, Layout, lay_out
-from samestep.core.memory import check_fits
+from samestep.core.memory import check_fits, give_back
 from samestep.core.optimizers import Kind, kind_of
 from samestep.core.update import Update
 from samestep.core.weights import Weights, check_separate, shape_of
@@ -155,7 +155,7 @@ class Model:
         if group.worker.is_first and group.worker.device == "cpu":
             scripts = [tree.script_of(group.worker.replicas(options.num_replicas), options.num_replicas)]
             factor = 3 + group.worker.size * scripts[0].num_buffers
-            check_fits(sum(p.numel() * p.element_size() for p in taken.values()) * factor, "training state")
+            check_fits(sum(p.numel() * p.element_size() for p in taken.values()) * factor, "The training state")
         self.trained = [Trained(optimizer, names, group, options) for optimizer in optimizers]
         self._frozen = self._share_frozen(names, set(taken), group)
         self.buffers = Buffers(self.modules, group, options.num_replicas, options.buffers)
@@ -163,6 +163,7 @@ class Model:
         self.guard = Guard(modules, weights, group.worker.rank)
         self._weights = weights
         self._held = {id(p) for w in weights for p in w.parameters}
+        give_back()  # the tensors that the parameters were built in
 
     def named_tensors(self) -> list[tuple[str, torch.Tensor]]:
         """Return all parameters and buffers of the modules, then parameters that only an optimizer holds."""

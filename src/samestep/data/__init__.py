@@ -6,5 +6,8 @@
     loading       requests for shards -> shards, read here or ahead in loader processes
     proof         sample ids that were read -> "each sample exactly once"
 
-`permutation`, `split` and `proof` import no torch: the planner and the tests use them as training does.
+Below them: `mixing` (64-bit hashing), `tensors` (trees of tensors, alignment), `shard` (a request and its answer),
+`loader` (one process that reads ahead) and `parcel` (how tensors come from it).
+
+`mixing`, `permutation`, `split` and `proof` import no torch: the planner and the tests use them as training does.
 """

@@ -9,10 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
-from torch.utils.data import default_collate as torch_collate
-from torch.utils.data._utils.collate import collate as collate_by_type
-from torch.utils.data._utils.collate import default_collate_fn_map
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset, default_collate
 
 from samestep.data.tensors import aligned, leaves_of, map_leaves, rows_of, torch_dtype_of
 from samestep.errors import DataError, SettingsError
@@ -89,7 +86,7 @@ class Items(Source):
     def __init__(self, data: Any, collate: Callable[[list], Any] | None = None):
         self.num_samples = len(data)
         self._data = data
-        self._collate = default_collate if collate in (None, torch_collate) else collate
+        self._collate = default_collate if collate is None else collate
         self._takes_lists = _takes_lists(data)
 
     def fetch(self, ids: np.ndarray, seed: int, epoch: int, seed_sample: SeedSample) -> Any:
@@ -187,21 +184,6 @@ def as_source(data: Any, collate: Callable[[list], Any] | None = None) -> Source
         return Items(data, collate)
     source = Columns(columns)
     return source if collate is None else Items(source, collate)
-
-
-def default_collate(samples: list) -> Any:
-    """Return what torch's `default_collate` does, in memory of this process.
-
-    torch's own puts tensors into named shared memory when it finds itself in a loader process.
-    """
-    return collate_by_type(samples, collate_fn_map=_COLLATE_BY_TYPE)
-
-
-def _stacked(tensors: list[torch.Tensor], *, collate_fn_map: Any = None) -> torch.Tensor:
-    return torch.stack(tensors)
-
-
-_COLLATE_BY_TYPE = {**default_collate_fn_map, torch.Tensor: _stacked}
 
 
 def _columns_in(data: Any) -> Any:

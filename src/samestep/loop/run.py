@@ -200,6 +200,8 @@ class Run:
         writes = self.worker.is_first or not session.group.shares_memory
         if not writes:
             model.detach()
+        # None may edit before all have checked, and copied what is there to edit.
+        session.calls.meet("run.edit (begin)", "")
         try:
             with torch.no_grad():
                 yield
@@ -232,8 +234,9 @@ class Run:
             self._session.record.logged.update({k: float(v) for k, v in scalars.items()})
 
     def digest(self) -> str:
-        """Return the digest of all weights and buffers, 32 hexadecimal digits."""
-        return tensors_digest(self.model.named_tensors())
+        """Return the digest of all weights and buffers, 32 hexadecimal digits. The result is recorded."""
+        self._outside_shard("run.digest")
+        return self._session.recorded("digest", lambda: tensors_digest(self.model.named_tensors()))
 
     def _evaluate(self, kind: str, fn: Callable, data: Any, batch_size: int, collate: Any) -> Any:
         self._outside_shard(f"run.{kind}")

@@ -169,7 +169,8 @@ class Step:
         if self._replica is None:
             raise UsageError("step.mean was called outside of `for batch in step`. Read the result in step.means.")
         for name, value in values.items():
-            self._part.means.setdefault(name, []).append((self._replica, float(value)))
+            number = value.detach() if isinstance(value, torch.Tensor) else value
+            self._part.means.setdefault(name, []).append((self._replica, float(number)))
 
     def update(
         self,
