@@ -23,7 +23,22 @@ ALLOWED: dict[tuple[str, str], int] = {}
 """Known violations, (rule, where) -> size. It may only shrink: an entry that is not needed, or larger than needed,
 fails."""
 
-PUBLIC: list[str] = []
+PUBLIC = [
+    "CheckpointError",
+    "DataError",
+    "EditedWeightsError",
+    "MismatchError",
+    "NonFiniteError",
+    "PeerError",
+    "Run",
+    "SamestepError",
+    "SettingsError",
+    "Step",
+    "Synchronous",
+    "UsageError",
+    "WorkerError",
+    "launch",
+]
 
 GROUND = {"errors", "units"}
 """Every room may stand on these; they stand on the standard library."""
@@ -284,7 +299,7 @@ def test_the_house_holds():
 
 def test_public_names():
     samestep = importlib.import_module(PACKAGE)
-    assert PUBLIC == sorted(PUBLIC)
+    assert sorted(PUBLIC) == PUBLIC
     assert sorted(samestep.__all__) == PUBLIC
     assert all(getattr(samestep, name) is not None for name in PUBLIC)
 

@@ -1,4 +1,4 @@
-"""Checkpoints: what was written comes back to the bit, or an error names the file; whatever is flipped, cut or killed."""
+"""Checkpoints: what was written comes back to the bit, or an error names the file, whatever is flipped, cut, killed."""
 
 from __future__ import annotations
 
@@ -40,17 +40,7 @@ COMMON = [
     "uint8",
     "bool",
 ]
-RARE = [
-    "uint16",
-    "uint32",
-    "uint64",
-    "complex32",
-    "complex64",
-    "complex128",
-    "float8_e4m3fnuz",
-    "float8_e5m2fnuz",
-    "float8_e8m0fnu",
-]
+RARE = ["uint16", "uint32", "uint64", "complex32", "complex64", "complex128", "float8_e4m3fnuz", "float8_e5m2fnuz"]
 FACTS_OF = {"step": 7, "loss": -0.0, "betas": (0.9, 0.999), "groups": [{"lr": 0.1, 3: None}], "rng": torch.arange(5)}
 
 

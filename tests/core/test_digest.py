@@ -105,6 +105,7 @@ def test_lazy_conjugates_negatives_and_parameters():
     assert z.conj().is_conj() and z.conj().imag.is_neg()
     assert tensor_digest(z.conj()) == tensor_digest(z.conj().resolve_conj()) != tensor_digest(z)
     assert tensor_digest(z.conj().imag) == tensor_digest(-z.imag)
+    assert tensor_digest(torch._neg_view(torch.ones(3))) == tensor_digest(-torch.ones(3))
     weight = torch.nn.Parameter(torch.randn(3))
     assert tensor_digest(weight) == tensor_digest(weight.data)
 

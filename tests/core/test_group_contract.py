@@ -1,11 +1,13 @@
 """The contract of the seam, held over every group.
 
-A program is a function of a group that every worker plays; it asserts, and returns what the test compares. `Played`
+A program is a function of a group that every worker plays; it asserts, and returns what the test compares. `play`
 plays it alone, as threads (also wrapped), or as processes that share memory (arena) or send (gloo).
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import random
 import signal
@@ -14,14 +16,10 @@ import time
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
-from samestep.core.fakes import Counting, Delaying, Failing, run_threads, thread_groups
+from samestep.core.fakes import Counting, Delaying, Failing, run_threads
 from samestep.core.group import ALIGNMENT, Group, Solo
-from samestep.core.process_group import ProcessGroup
-from samestep.core.randomness import seed_everything
-from samestep.core.worker import Worker
-from samestep.errors import MismatchError, PeerError, SettingsError, UsageError
+from samestep.errors import PeerError
 
 WRAPPERS = {
     "counting": Counting,
@@ -41,11 +39,7 @@ def play(fleet, kind: str, size: int, program, **arguments) -> list:
     if kind == "threads" or kind in WRAPPERS:
         wrap = WRAPPERS.get(kind, lambda group: group)
         return run_threads(lambda group: program(wrap(group), **arguments), size)
-    outcomes = fleet.outcomes(program, kind, size, **arguments)
-    for rank, outcome in enumerate(outcomes):
-        assert "returned" in outcome, f"worker {rank}: {outcome.get('traceback', outcome)}"
-        assert outcome["left"] == [], f"worker {rank} left something behind"
-    return [outcome["returned"] for outcome in outcomes]
+    return fleet.play(program, kind, size, **arguments)
 
 
 def over(kinds):
@@ -153,7 +147,7 @@ def allocate_keeps_its_word(group: Group) -> bool:
         assert memory.data_ptr() % ALIGNMENT == 0
         assert not memory.any()
     spans = sorted((m.data_ptr(), m.data_ptr() + m.numel()) for m in memories)
-    assert all(stop <= start for (_, stop), (start, _) in zip(spans, spans[1:], strict=False))
+    assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(spans))
     group.exchange(b"")
     for number, memory in enumerate(memories):
         memory[rank] = 10 * (number + 1) + rank
@@ -223,15 +217,13 @@ def test_collect_gives_each_owner_its_runs_of_all_nodes(fleet, kind, size, num_b
 
 @over([("arena", 2), ("gloo", 2), ("gloo", 3), ("gloo-staged", 2)])
 def test_collect_moves_large_buffers(fleet, kind, size):
-    compared = play(
-        fleet, kind, size, collect_returns_what_was_published, num_bytes=3_000_000, seeds=[4], num_steps=1
-    )
+    compared = play(fleet, kind, size, collect_returns_what_was_published, num_bytes=3_000_000, seeds=[4], num_steps=1)
     assert sum(compared) > 1_000_000
 
 
 def area_without_runs(group: Group) -> None:
     size = group.worker.size
-    area = group.gradient_area(100, [2] * size, [[1, 0]] * size, [range(0, 0)] * size)
+    area = group.gradient_area(100, [2] * size, [[1, 0]] * size, [range(0)] * size)
     group.exchange(b"")
     area.collect()
     assert [node.numel() for nodes in area.nodes for node in nodes] == [0] * (2 * size)
@@ -366,10 +358,8 @@ def has_no_name(group: Group) -> list[str]:
     group.exchange(b"")
     links = []
     for number in os.listdir("/proc/self/fd"):
-        try:
+        with contextlib.suppress(FileNotFoundError):  # the descriptor of the listing itself
             links.append(os.readlink(f"/proc/self/fd/{number}"))
-        except FileNotFoundError:
-            pass
     with open("/proc/self/maps") as maps:
         links += [line.split(maxsplit=5)[-1].strip() for line in maps]
     assert memory.numel() == 1000
@@ -391,223 +381,3 @@ def leaves_a_descriptor(group: Group) -> None:
 def test_the_check_for_what_is_left_sees_a_descriptor(fleet):
     outcomes = fleet.outcomes(leaves_a_descriptor, "arena", 2)
     assert [len(outcome["left"]) for outcome in outcomes] == [1, 1]
-
-
-# ---------------------------------------------------------------------------------------------------- fakes
-
-
-def test_threads_run_one_at_a_time_in_rank_order():
-    running, trace = [], []
-
-    def program(group):
-        for turn in range(3):
-            running.append(group.worker.rank)
-            time.sleep(0.001)
-            trace.append((turn, tuple(running)))
-            running.remove(group.worker.rank)
-            group.exchange(b"")
-
-    run_threads(program, 3)
-    assert trace == [(turn, (rank,)) for turn in range(3) for rank in range(3)]
-
-
-def test_each_thread_finds_the_generators_as_it_left_them():
-    def draw():
-        return [torch.rand(1).item(), np.random.rand(), random.random()]
-
-    def program(group):
-        first = draw()
-        group.exchange(b"")
-        seed_everything(100 + group.worker.rank)
-        second = draw()
-        group.exchange(b"")
-        return first, second, draw()
-
-    seed_everything(5)
-    start = draw()
-    expected = []
-    for rank in range(3):
-        seed_everything(100 + rank)
-        expected.append((start, draw(), draw()))
-    seed_everything(5)
-    assert run_threads(program, 3) == expected
-    assert draw() == start
-
-
-def test_a_thread_that_returns_early_is_missed():
-    def program(group):
-        group.exchange(b"")
-        if group.worker.rank != 1:
-            group.exchange(b"")
-
-    with pytest.raises(PeerError, match="worker 1 has ended"):
-        run_threads(program, 3)
-
-
-def test_the_first_error_that_is_no_peer_error_is_raised():
-    def program(group):
-        group.exchange(b"")
-        if group.worker.rank == 0:
-            raise PeerError("a consequence")
-        raise KeyError(f"cause in {group.worker.rank}")
-
-    with pytest.raises(KeyError, match="cause in 1"):
-        run_threads(program, 3)
-
-
-def test_threads_that_allocate_different_sizes_are_told():
-    with pytest.raises(MismatchError, match="asks for 20 bytes where another asked for 10"):
-        run_threads(lambda group: group.allocate(10 * (1 + group.worker.rank)), 2)
-
-
-def test_thread_groups_know_their_worker():
-    assert [group.worker for group in thread_groups(2)] == [Worker(rank=r, size=2, local_rank=r) for r in range(2)]
-
-
-def counts_what_it_moves(group: Group) -> dict:
-    counting = Counting(group)
-    rank = counting.worker.rank
-    runs = [range(0, 100), range(100, 164), range(164, 171)]
-    memory = counting.allocate(171)
-    area = counting.gradient_area(171, [2, 2, 1], [[1, 0], [1], [0]], runs)
-    for _ in range(2):
-        counting.exchange(b"x" * (rank + 1))
-        area.collect()
-    counting.share(memory, runs)
-    counting.exchange(b"")
-    return {kind: [counting.num_calls[kind], counting.num_bytes[kind]] for kind in counting.num_calls}
-
-
-@over([("threads", 3), ("arena", 3), ("gloo", 3)])
-def test_counting_counts_calls_and_bytes(fleet, kind, size):
-    share = [0, 0, 0] if kind != "gloo" else [71, 107, 164]
-    assert play(fleet, kind, size, counts_what_it_moves) == [
-        {"exchange": [3, 10], "collect": [2, 2 * 2 * 100], "share": [1, share[0]]},
-        {"exchange": [3, 8], "collect": [2, 2 * 3 * 64], "share": [1, share[1]]},
-        {"exchange": [3, 6], "collect": [2, 2 * 3 * 7], "share": [1, share[2]]},
-    ]
-
-
-@pytest.mark.parametrize("kind", ["exchange", "collect", "share"])
-def test_failing_raises_at_its_call_and_only_there(kind):
-    group = Failing(Solo(), kind, 2, OSError("planted"))
-    area = group.gradient_area(8, [1], [[0]], [range(0, 8)])
-    memory = group.allocate(8)
-    calls = {
-        "exchange": lambda: group.exchange(b"m"),
-        "collect": area.collect,
-        "share": lambda: group.share(memory, [range(0, 8)]),
-    }
-    for turn in (1, 2, 3):
-        for name, call in calls.items():
-            if (turn, name) == (2, kind):
-                with pytest.raises(OSError, match="planted"):
-                    call()
-            else:
-                call()
-
-
-def test_failing_in_one_thread_ends_the_others():
-    ended = []
-
-    def program(group):
-        if group.worker.rank == 1:
-            group = Failing(group, "exchange", 3, OSError("planted"))
-        try:
-            for _ in range(5):
-                group.exchange(b"")
-        finally:
-            ended.append(group.worker.rank)
-
-    with pytest.raises(OSError, match="planted"):
-        run_threads(program, 3)
-    assert sorted(ended) == [0, 1, 2]
-
-
-def test_failing_refuses_an_unknown_kind():
-    with pytest.raises(ValueError, match="'barrier'; it must be one of exchange"):
-        Failing(Solo(), "barrier", 1)
-
-
-def test_delaying_sleeps_before_each_call(monkeypatch):
-    naps = []
-    monkeypatch.setattr("samestep.core.fakes.time.sleep", naps.append)
-    group = Delaying(Solo(), 0.25)
-    area = group.gradient_area(8, [1], [[0]], [range(0, 8)])
-    assert group.exchange(b"m") == [b"m"]
-    area.collect()
-    group.share(group.allocate(8), [range(0, 8)])
-    assert naps == [0.25] * 3
-
-
-# ---------------------------------------------------------------------------------------------------- torch.distributed
-
-
-def shares_the_default_group(bare) -> list[str]:
-    rank, size = bare.worker.rank, bare.worker.size
-    dist.init_process_group("gloo", init_method=bare.meeting, rank=rank, world_size=size)
-    with pytest.raises(UsageError, match=r"Use ProcessGroup\(worker\)"):
-        ProcessGroup.join(bare.worker, init_method=bare.meeting)
-    with pytest.raises(SettingsError, match=f"rank {rank} of {size + 1}"):
-        ProcessGroup(Worker(rank=rank, size=size + 1))
-    group = ProcessGroup(bare.worker)
-    replies = group.exchange(b"%d" % rank)
-    group.close()
-    # The caller's own group goes on.
-    total = torch.tensor([rank + 1])
-    dist.all_reduce(total)
-    assert total.item() == size * (size + 1) // 2
-    dist.destroy_process_group()
-    return [reply.decode() for reply in replies]
-
-
-def test_a_default_group_of_the_callers_is_used_and_left_alone(fleet):
-    assert play(fleet, "bare", 2, shares_the_default_group) == [["0", "1"]] * 2
-
-
-def nobody_else_comes(bare) -> str:
-    with pytest.raises(PeerError, match="not all came") as caught:
-        ProcessGroup.join(Worker(rank=0, size=2), init_method=bare.meeting, timeout_seconds=1)
-    assert caught.value.__cause__ is not None
-    assert not dist.is_initialized()
-    return str(caught.value)
-
-
-def test_joining_alone_ends_with_a_peer_error(fleet):
-    (message,) = play(fleet, "bare", 1, nobody_else_comes)
-    assert "waited up to 1 s" in message
-
-
-def one_stops_coming(bare, call: str) -> str:
-    group = ProcessGroup.join(bare.worker, init_method=bare.meeting, timeout_seconds=1)
-    runs = [range(0, 100), range(100, 200)]
-    area = group.gradient_area(200, [1, 1], [[0], [0]], runs)
-    group.exchange(b"")
-    told = "nothing"
-    if group.worker.rank == 0:
-        calls = {"exchange": lambda: group.exchange(b""), "collect": area.collect}
-        with pytest.raises(PeerError, match="did not come in time") as caught:
-            calls[call]()
-        assert caught.value.__cause__ is not None
-        told = call
-        os.mknod(bare.meeting.removeprefix("file://") + ".told")
-    else:
-        while not os.path.exists(bare.meeting.removeprefix("file://") + ".told"):
-            time.sleep(0.01)
-    group.close()
-    return told
-
-
-@pytest.mark.parametrize("call", ["exchange", "collect"])
-def test_a_worker_that_does_not_come_in_time_counts_as_gone(fleet, call):
-    assert play(fleet, "bare", 2, one_stops_coming, call=call) == [call, "nothing"]
-
-
-def test_without_a_default_group_there_is_no_group():
-    with pytest.raises(UsageError, match="not initialised"):
-        ProcessGroup(Worker())
-
-
-def test_a_meeting_place_that_cannot_be_used_is_a_settings_error():
-    with pytest.raises(SettingsError, match="cannot meet at 'nowhere"):
-        ProcessGroup.join(Worker(), init_method="nowhere://host", timeout_seconds=1)

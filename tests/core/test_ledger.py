@@ -121,6 +121,19 @@ def test_any_cut_into_parts_extends_to_the_whole(calls, data):
     assert replay.replaying == (len(seen) < len(order))
 
 
+def test_sites_are_joined_by_what_they_say_not_by_their_number():
+    ledger = recorded("once")
+    ledger.extend(recorded("update", "mean", "once").to_facts())
+    kinds_and_places = [(entry.kind, entry.where) for entry in ledger.entries()]
+    assert kinds_and_places == [
+        ("once", "train.py:40"),
+        ("update", "train.py:40"),
+        ("mean", "train.py:41"),
+        ("once", "train.py:42"),
+    ]
+    assert [ledger.next(kind, "") for kind in ("update", "mean", "once")] == [0, 1, 2]
+
+
 def test_a_million_updates_stay_small():
     part = Ledger()
     for _ in range(10_000):

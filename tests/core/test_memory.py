@@ -50,7 +50,7 @@ def test_a_system_that_does_not_tell(machine):
 
 
 CGROUP = "sys/fs/cgroup"
-V1 = "5:cpu:/jobs\n4:cpuset,memory:/jobs/a\n0::/\n"
+V1 = "5:cpu:/elsewhere\n4:cpuset,memory:/jobs/a\n0::/\n"
 GROUPS = {
     "v2, own group": ("0::/jobs/a\n", group(f"{CGROUP}/jobs/a", 2, f"{50 * MIB}", 20 * MIB), 30),
     "v2, file cache does not count": ("0::/a\n", group(f"{CGROUP}/a", 2, f"{50 * MIB}", 20 * MIB, 15 * MIB), 45),
@@ -63,6 +63,7 @@ GROUPS = {
     "v1, seen from inside": (V1, group(f"{CGROUP}/memory", 1, f"{60 * MIB}", 20 * MIB), 40),
     "v1, unlimited": (V1, group(f"{CGROUP}/memory/jobs/a", 1, UNLIMITED_V1, 20 * MIB), 100),
     "v1, the memory of another group": (V1, group(f"{CGROUP}/memory/jobs/b", 1, f"{60 * MIB}", 20 * MIB), 100),
+    "v1, the path of another controller": (V1, group(f"{CGROUP}/memory/elsewhere", 1, f"{60 * MIB}", 20 * MIB), 100),
     "over its limit": ("0::/a\n", group(f"{CGROUP}/a", 2, f"{10 * MIB}", 12 * MIB), 0),
     "larger than the machine": ("0::/a\n", group(f"{CGROUP}/a", 2, f"{900 * MIB}", 2 * MIB), 100),
     "nonsense": ("0::/a\nx\n\n", group(f"{CGROUP}/a", 2, "many", 12 * MIB), 100),

@@ -10,20 +10,21 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 from samestep.errors import PeerError, SettingsError, UsageError
 from samestep.launching.supervisor import Fleet, supervise
 
 
 def ordinary(context):
-    print(f"worker {context.rank} prints")
+    sys.stdout.write(f"worker {context.rank} prints\n")
     context.sender.send("progress", {"rank": context.rank, "forked": context.num_forked, "pid": os.getpid()})
     if context.rank == 0:
         context.sender.send("finished", {"facts": {}}, b"x" * 3_000_000)
 
 
 def one_raises(context):
-    print(f"worker {context.rank} prints")
+    sys.stdout.write(f"worker {context.rank} prints\n")
     if context.rank == 1:
         raise ValueError("the second worker's error")
     time.sleep(60)
@@ -126,7 +127,6 @@ def abandons_child_and_fails(context):
 
 
 def sleeps(context):
-    print("ready", os.getpid(), flush=True)
     context.sender.send("progress", {"pid": os.getpid()})
     time.sleep(60)
 
@@ -177,7 +177,7 @@ def main():
                 "num_workers": outcome.num_workers,
                 "frames": recorder.frames,
                 "same_descriptors": before == sorted(os.listdir("/proc/self/fd")),
-                "children": open(f"/proc/self/task/{os.getpid()}/children").read(),
+                "children": Path(f"/proc/self/task/{os.getpid()}/children").read_text(),
             }
         )
     )

@@ -64,7 +64,7 @@ def test_an_error_that_blames_a_peer_is_shown_if_there_is_no_other(drive):
 def test_wrong_settings_have_their_own_exit_code_only_before_the_run(drive):
     end = drive("wrong_settings")
     assert end["code"] == 2
-    assert end["message"].count("These settings clash.") == 1
+    assert end["message"].count("\nsamestep: These settings clash.") == 1
     assert drive("wrong_use")["code"] == 1
 
 

@@ -46,7 +46,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return value.hex()
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: plain(value[key]) for key in sorted(value, key=str)}
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 

@@ -181,7 +181,7 @@ class Arena(SharedMemoryGroup):
         words = self._words
         waiting = [line for line in self._others if words[line] < count]
         if not waiting:
-            self._wake(count)
+            self._wake()
             return
         begin = time.perf_counter()
         while True:
@@ -195,6 +195,8 @@ class Arena(SharedMemoryGroup):
                 os.sched_yield()
                 continue
             self._block_until(waiting, count)
+        # Two that arrive last at once may each have missed the other, so whoever saw all arrive looks for sleepers.
+        self._wake()
         if not _ORDERED_STORES:
             os.sched_yield()
 
@@ -211,8 +213,8 @@ class Arena(SharedMemoryGroup):
                 pass
         words[self._mine + 3] = 0
 
-    def _wake(self, count: int) -> None:
-        """Wake those who sleep; done by whoever arrives last."""
+    def _wake(self) -> None:
+        """Wake those who sleep, once all have arrived."""
         words = self._words
         for rank, line in enumerate(self._lines):
             if words[line + 3] and line != self._mine:

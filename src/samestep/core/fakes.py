@@ -175,7 +175,7 @@ class _Wrapper(Group):
     def before(self, kind: str) -> None:
         """Called before each call of a kind in `KINDS`."""
 
-    def after(self, kind: str, num_bytes: int) -> None:  # noqa: B027
+    def after(self, kind: str, num_bytes: int) -> None:
         """Called after it; `num_bytes` came from other workers."""
 
     def exchange(self, message: bytes) -> list[bytes]:

@@ -92,11 +92,17 @@ class Trained:
         made = ElementUpdate if kind is Kind.ELEMENT else WholeUpdate
         self.update: Update = made(optimizer, self.weights, group)
         self.stale = False
-        optimizer.register_load_state_dict_post_hook(self._loaded)
+        self._load_hook = optimizer.register_load_state_dict_post_hook(self._loaded)
         self._guard_hook = optimizer.register_step_pre_hook(_refuse_step)
 
     def _loaded(self, optimizer: torch.optim.Optimizer) -> None:
         self.stale = True
+
+    def release(self) -> None:
+        """Take the hooks off. A gradient's hook and its parameter refer to each other out of the collector's sight."""
+        self.gradients.close()
+        self._guard_hook.remove()
+        self._load_hook.remove()
 
     def reload_if_stale(self) -> None:
         """Take over a state that the user loaded into the optimizer. Collective if so (on every worker alike)."""
@@ -196,6 +202,11 @@ class Model:
                     if write:
                         view.copy_(parameter.data)
                     parameter.data = view.detach()
+
+    def release(self) -> None:
+        """Take all hooks off; modules and optimizers are the user's alone again."""
+        for trained in self.trained:
+            trained.release()
 
     def share_weights(self) -> None:
         """Give every worker the first worker's weights. Collective."""

@@ -246,8 +246,8 @@ class _SentArea(GradientArea):
 
 def _transfer(group: dist.ProcessGroup, sends: Sequence[_Transfer], receives: Sequence[_Transfer]) -> None:
     """Start all transfers together, and wait for all. Receives come first, so that no send finds nobody waiting."""
-    operations = [dist.P2POp(dist.irecv, tensor, group=group, group_peer=w) for tensor, w in receives]
-    operations += [dist.P2POp(dist.isend, tensor, group=group, group_peer=w) for tensor, w in sends]
+    operations = [dist.P2POp(dist.irecv, tensor, w, group) for tensor, w in receives]
+    operations += [dist.P2POp(dist.isend, tensor, w, group) for tensor, w in sends]
     if operations:
         for work in dist.batch_isend_irecv(operations):
             work.wait()

@@ -10,6 +10,9 @@ from typing import Any
 
 from samestep.errors import PeerError, SamestepError
 
+SETTINGS_CODE = 2
+"""Exit code where settings clash, so that the run did not begin."""
+
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 

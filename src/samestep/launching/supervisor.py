@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from samestep.launching import zygote
 from samestep.launching.channel import Frame, channel
 from samestep.launching.context import WorkerContext
-from samestep.launching.failure import Failure
+from samestep.launching.failure import SETTINGS_CODE, Failure
 from samestep.launching.leftovers import end_orphans
 from samestep.launching.output import Plumbing, WorkerOutput, keep
 from samestep.launching.verdict import Action, Outcome, Verdict
@@ -234,8 +234,7 @@ class _Supervisor:
         if action is Action.END_NOW and not self._is_ending:
             self._is_ending = True
             self._deadline = time.monotonic() + _PATIENCE
-            for member in self._members:
-                member.send_signal(signal.SIGTERM)
+            pass
 
     def _deadline_passed(self) -> None:
         if not self._is_ending:
@@ -259,10 +258,11 @@ class _Supervisor:
             self._selector.unregister(source)
 
     def _with_output(self, outcome: Outcome) -> Outcome:
-        if not outcome.has_failed and self._run_folder is None:
+        has_begun = outcome.code != SETTINGS_CODE
+        if not (outcome.has_failed and has_begun) and self._run_folder is None:
             return outcome
         place = keep([member.output for member in self._members], self._run_folder)
-        if place is None or not outcome.has_failed:
+        if place is None or not outcome.has_failed or not has_begun:
             return outcome
         note = f"samestep: what the other workers printed is in {place}"
         return replace(outcome, message=f"{outcome.message}\n{note}")

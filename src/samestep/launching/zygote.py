@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 from samestep.errors import SettingsError
 from samestep.launching.context import WorkerContext, enter
-from samestep.launching.failure import Failure
+from samestep.launching.failure import SETTINGS_CODE, Failure
 
 WARM = ("numpy", "torch", "torch.distributed", "torch._dynamo")
 """Imported before forking. The first optimizer that is built imports torch._dynamo, half of torch's own start."""
@@ -135,7 +135,7 @@ def _outcome(context: WorkerContext, body: Body) -> int:
         context.sender.send("exit", {"code": code, "message": message, "inside": context.is_playing})
         return code
     except BaseException as error:
-        code = 2 if isinstance(error, SettingsError) and not context.is_playing else 1
+        code = SETTINGS_CODE if isinstance(error, SettingsError) and not context.is_playing else 1
         context.sender.send("error", Failure.of(error, context.rank, code).to_dict())
         return 1
     context.sender.send("done")

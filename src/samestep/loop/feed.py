@@ -95,9 +95,9 @@ class Feed:
     def commit(self, batch: Slice, shards: Sequence[Shard | None] | None) -> None:
         """Count a committed step's samples, from the ids that were read (None in a replay: read before)."""
         self.coverage.add(batch)
-        for shard in shards or ():
-            if shard is not None:
-                self.read += SampleCount.of(batch.epoch, np.asarray(shard.ids))
+        ids = [shard.ids for shard in shards or () if shard is not None]
+        if ids:
+            self.read += SampleCount.of(batch.epoch, np.concatenate(ids))
 
     def proof(self, read: SampleCount) -> Proof:
         """Compare what all workers read with what was due."""

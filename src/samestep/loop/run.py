@@ -193,7 +193,13 @@ class Run:
         self._outside_shard("run.edit")
         session, model = self._session, self.model
         if session.replaying:
-            yield
+            # What was edited then is in the checkpoint; now the block works on copies.
+            model.detach()
+            try:
+                with torch.no_grad():
+                    yield
+            finally:
+                model.attach(write=False)
             return
         session.calls.meet("run.edit", line_of_user())
         model.guard.check()

@@ -216,6 +216,7 @@ class Session:
                 )
         reads = _totals([p["reads"] for p in parts])
         proofs = [feed.proof(read) for feed, read in zip(self._feeds.values(), reads, strict=True)]
+        self.model.release()
         return {
             "weights_digest": weights,
             "optimizer_digest": joined_digest((str(i), state_digest(s)) for i, s in enumerate(states)),

@@ -12,7 +12,7 @@ from typing import Any, Literal, NoReturn
 from samestep.errors import SamestepError, SettingsError, UsageError, WorkerError
 from samestep.launching import caller, environment, payload, script, zygote
 from samestep.launching.context import WorkerContext, current
-from samestep.launching.failure import Failure
+from samestep.launching.failure import SETTINGS_CODE, Failure
 from samestep.launching.leftovers import without_empty_folders
 from samestep.launching.output import Muted, Plumbing
 from samestep.launching.supervisor import Fleet, supervise
@@ -209,7 +209,7 @@ def _launch_elsewhere(main: Callable[[Any], Any], asked: Options) -> Any:
     except SettingsError as error:
         if home is None:
             raise
-        _leave(2, Failure.of(error).text())
+        _leave(SETTINGS_CODE, Failure.of(error).text())
     try:
         reply = caller.call(job)
     except KeyboardInterrupt:

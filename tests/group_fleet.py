@@ -12,6 +12,7 @@ the descriptors and threads that were still there after the group was closed.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib.util
@@ -49,10 +50,8 @@ def held() -> set[str]:
     """Return the descriptors and threads of this process."""
     descriptors = set()
     for number in os.listdir("/proc/self/fd"):
-        try:
+        with contextlib.suppress(FileNotFoundError):  # the descriptor of the listing itself
             descriptors.add(f"descriptor {number} {os.readlink(f'/proc/self/fd/{number}')}")
-        except FileNotFoundError:
-            pass  # the descriptor of the listing itself
     return descriptors | {f"thread {number}" for number in os.listdir("/proc/self/task")}
 
 

@@ -1,4 +1,4 @@
-"""The `fleet` fixture: test programs played by real worker processes."""
+"""For all rooms: one torch thread, the laws' own modules, and test programs played by real worker processes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import samestep.errors
 
 _SOURCE = str(Path(samestep.errors.__file__).parents[1])
-_SINGLE = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+_LAWS = str(Path(__file__).with_name("laws"))
+sys.path.append(_LAWS)
+_SINGLE = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 
 class Fleet:
@@ -23,7 +26,7 @@ class Fleet:
 
     def __init__(self) -> None:
         script = Path(__file__).with_name("group_fleet.py")
-        path = os.pathsep.join([_SOURCE, os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join([_SOURCE, _LAWS, os.environ.get("PYTHONPATH", "")])
         self._process = subprocess.Popen(
             [sys.executable, str(script)],
             stdin=subprocess.PIPE,
@@ -48,6 +51,14 @@ class Fleet:
         assert line, "The fleet's parent process has ended."
         return json.loads(line)
 
+    def play(self, program: Callable, kind: str, size: int, **arguments) -> list:
+        """Play a program that no worker may fail and that leaves nothing; return what the workers returned."""
+        outcomes = self.outcomes(program, kind, size, **arguments)
+        for rank, outcome in enumerate(outcomes):
+            assert "returned" in outcome, f"worker {rank}: {outcome.get('traceback', outcome)}"
+            assert outcome["left"] == [], f"worker {rank} left something behind"
+        return [outcome["returned"] for outcome in outcomes]
+
     def close(self) -> None:
         self._process.stdin.close()
         self._process.stdout.close()
@@ -63,3 +74,12 @@ def fleet() -> Iterator[Fleet]:
     fleet = Fleet()
     yield fleet
     fleet.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Intra-op threads are part of a recipe; the tests' recipes say 1."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,71 @@
+"""Commands in a folder of their own, and what they leave behind."""
+
+import os
+import subprocess
+import sys
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import samestep
+
+SOURCE = str(Path(samestep.__file__).parents[1])
+MARK = "SAMESTEP_TEST_MARK"
+
+
+@dataclass
+class Ended:
+    code: int
+    out: str
+    err: str
+
+
+class Shell:
+    """Starts commands in an empty folder, and sees that they leave nothing behind."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir()
+        self.mark = uuid.uuid4().hex
+        clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
+        self.environment = {**clean, "PYTHONPATH": SOURCE, "TMPDIR": str(self.temporary), MARK: self.mark}
+
+    def start(self, *arguments):
+        return subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            cwd=self.folder,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def python(self, *arguments):
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=120)
+        return Ended(process.returncode, out, err)
+
+    def samestep(self, *arguments):
+        return self.python("-m", "samestep", *arguments)
+
+    def processes(self):
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdecimal():
+                try:
+                    if f"{MARK}={self.mark}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                        found.append(int(entry.name))
+                except OSError:
+                    continue
+        return found
+
+    def is_gone_within(self, seconds):
+        deadline = time.monotonic() + seconds
+        while self.processes():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.01)
+        return True

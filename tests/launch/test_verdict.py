@@ -1,0 +1,90 @@
+import signal
+
+from samestep.launching.failure import Failure
+from samestep.launching.verdict import Action, Verdict
+
+KILLED = signal.SIGKILL
+EXITED_7 = 7 << 8
+
+
+def failure(message, *, rank=0, of_peer=False, code=1):
+    return Failure(kind="ValueError", message=message, rank=rank, of_peer=of_peer, code=code)
+
+
+def test_a_run_in_which_nothing_happens_is_good():
+    verdict = Verdict(2)
+    assert verdict.died(0, 11, 0, told=True) is Action.GO_ON
+    outcome = verdict.outcome()
+    assert (outcome.code, outcome.message, outcome.has_failed, outcome.wants) == (0, "", False, None)
+
+
+def test_the_first_cause_is_shown_not_the_first_complaint():
+    verdict = Verdict(3)
+    assert verdict.failed(failure("worker 1 is gone", of_peer=True)) is Action.END_SOON
+    assert verdict.failed(failure("cause", rank=1)) is Action.END_NOW
+    assert verdict.failed(failure("later", rank=2)) is Action.END_NOW
+    message = verdict.outcome().message
+    assert "worker 1;" in message
+    assert "later" not in message
+
+
+def test_workers_with_the_same_error_are_named_together():
+    verdict = Verdict(3)
+    for rank in (2, 0):
+        verdict.failed(failure("boom", rank=rank))
+    verdict.failed(failure("other", rank=1))
+    assert "in workers 0 and 2;" in verdict.outcome().message
+
+
+def test_a_death_by_signal_is_a_failure_even_after_the_last_word():
+    verdict = Verdict(2)
+    assert verdict.died(1, 12, KILLED, told=True) is Action.END_NOW
+    assert "killed by SIGKILL" in verdict.outcome().message
+
+
+def test_a_worker_that_ends_without_a_word_failed():
+    verdict = Verdict(2)
+    assert verdict.died(1, 12, EXITED_7, told=False) is Action.END_NOW
+    assert verdict.outcome().code == 1
+    verdict = Verdict(2)
+    assert verdict.died(1, 12, 0, told=False) is Action.END_NOW
+    assert verdict.outcome().code == 1
+
+
+def test_the_first_workers_exit_code_wins():
+    verdict = Verdict(2)
+    verdict.left(1, {"code": 4, "message": "", "inside": True})
+    verdict.left(0, {"code": 5, "message": "bye", "inside": True})
+    outcome = verdict.outcome()
+    assert (outcome.code, outcome.message, outcome.has_failed) == (5, "bye", False)
+
+
+def test_leaving_quietly_outside_of_the_run_hurries_nobody():
+    assert Verdict(2).left(1, {"code": 0, "message": "", "inside": False}) is Action.GO_ON
+
+
+def test_leaving_in_the_middle_is_a_failure_only_if_others_stay():
+    verdict = Verdict(2)
+    assert verdict.left(1, {"code": 0, "message": "", "inside": True}) is Action.END_SOON
+    assert verdict.outcome().code == 0
+    assert verdict.waited() is Action.END_NOW
+    assert verdict.outcome().code == 1
+
+
+def test_a_signal_outranks_what_it_caused():
+    verdict = Verdict(2)
+    assert verdict.interrupted(signal.SIGINT) is Action.END_NOW
+    verdict.interrupted(signal.SIGTERM)
+    verdict.failed(failure("broken pipe"))
+    outcome = verdict.outcome()
+    assert outcome.code == 130
+    assert "SIGINT" in outcome.message
+
+
+def test_another_number_of_workers_is_wanted_only_from_a_healthy_run():
+    verdict = Verdict(2)
+    assert verdict.wants(3) is Action.END_NOW
+    assert verdict.outcome().wants == 3
+    verdict.failed(failure("boom"))
+    assert verdict.outcome().wants is None
+    assert verdict.outcome().code == 1
