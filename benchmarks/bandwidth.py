@@ -1,7 +1,7 @@
 """The memory bandwidth that several processes reach together, with plain torch loops over memory far out of cache.
 
-Two loops are tried, and the better one counts: adding in place (two reads, one write) and copying (one read, one write,
-and the read of the line that is about to be written, which is counted too).
+Two loops are tried, and the better one counts: adding in place (two reads, one write) and copying (one read, one write).
+A copy may also read the lines that it is about to write; that is not counted, since large copies often avoid it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ def measure(meet: Callable[[], object], num_workers: int, num_rounds: int = 8) -
         num_rounds: how often each loop is timed; the median counts.
     """
     first, second = (torch.ones(_ARRAY_BYTES // 4) for _ in range(2))
-    loops = (lambda: first.add_(second), lambda: first.copy_(second))
-    return max(num_workers * 3 * _ARRAY_BYTES / median_seconds(loop, meet, num_rounds) for loop in loops)
+    loops = ((3, lambda: first.add_(second)), (2, lambda: first.copy_(second)))
+    seconds = [median_seconds(loop, meet, num_rounds) for _, loop in loops]
+    moved = [num_workers * streams * _ARRAY_BYTES for streams, _ in loops]
+    return max(num_bytes / taken for num_bytes, taken in zip(moved, seconds, strict=True))
 
 
 def median_seconds(work: Callable[[], object], meet: Callable[[], object], num_rounds: int, inner: int = 1) -> float:

@@ -93,6 +93,8 @@ def cpu_model() -> str:
 def show(tables: Sequence[Table], where: Sequence[str]) -> None:
     """Print everything."""
     console = rich.console.Console()
+    if not console.is_terminal:
+        console = rich.console.Console(width=140)
     for line in where:
         console.print(line)
     for table in tables:

@@ -27,7 +27,10 @@ import time
 import traceback
 from types import ModuleType, SimpleNamespace
 
-import torch.distributed  # noqa: F401 - imported before the fork, so that no worker pays for it
+# Imported before the fork, so that no worker pays for it. The first optimizer imports torch._dynamo, which keeps the
+# process group for good if there is one by then.
+import torch._dynamo
+import torch.distributed  # noqa: F401
 
 from samestep.core.arena import Arena, Handles
 from samestep.core.process_group import ProcessGroup

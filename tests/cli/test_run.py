@@ -3,7 +3,9 @@ import os
 import signal
 
 import pytest
-from shell import Shell
+from shell import MARK, Shell
+
+import samestep
 
 SUMMARY = ("weights_digest", "optimizer_digest", "samples_digest", "seconds", "samples_per_second", "peak_memory_bytes")
 
@@ -169,10 +171,31 @@ def test_a_function_at_a_prompt_travels_by_value(shell):
     assert ended.code == 0, ended.err
     lines = ended.out.splitlines()
     assert lines[:2] == ["printed by the worker", "2.0 (3, 4)"]
-    assert lines[3] == "raised WorkerError"
-    assert "it uses `lock` (_thread.lock)" in lines[4]
-    assert "You set workers=0" in lines[5]
-    assert "launch() was given 7" in lines[6]
+    # The run that fails may end before its first worker has printed.
+    failed, unsendable, idle, called = [line for line in lines[2:] if line != lines[0]]
+    assert failed == "raised WorkerError"
+    assert "it uses `lock` (_thread.lock)" in unsendable
+    assert "You set workers=0" in idle
+    assert "launch() was given 7" in called
+
+
+def test_prints_reach_a_process_whose_streams_are_not_descriptors(shell, capsys, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(shell.temporary))
+    monkeypatch.setenv(MARK, shell.mark)
+    seen = 3
+
+    def main(run):
+        import torch
+
+        print("printed by worker", run.worker.rank)
+        model = torch.nn.Linear(2, 2)
+        run.replicate(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        raise ValueError(f"planted {seen}")
+
+    with pytest.raises(samestep.WorkerError, match="ValueError: planted 3") as caught:
+        samestep.launch(main, workers=1)
+    assert "test_run.py" in str(caught.value)
+    assert capsys.readouterr().out == "printed by worker 0\n"
 
 
 def test_under_torchrun_the_same_script_gives_the_same_weights(shell, script, alone):

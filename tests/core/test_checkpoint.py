@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from samestep.core import checkpoint
 from samestep.core.checkpoint import FACTS, MANIFEST, STATE, WEIGHTS, keep, latest, load_newest, read, set_aside, write
-from samestep.core.digest import pieces, state_digest, tensors_digest
+from samestep.core.digest import joined_digest, pieces, state_digest, tensors_digest
 from samestep.errors import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
@@ -109,23 +109,16 @@ def test_tensors_larger_than_a_piece(tmp_path, monkeypatch):
 
 
 def test_views_and_ties(tmp_path):
-    base = torch.randn(6, 4)
-    state = {
-        "base": base,
-        "t": base.t(),
-        "same": base[:],
-        "row": base[1],
-        "c": torch.randn(2, dtype=torch.cfloat).conj(),
-    }
+    base, complex_ = torch.randn(6, 4), torch.randn(2, dtype=torch.cfloat)
+    state = {"base": base, "t": base.t(), "same": base[:], "row": base[1], "c": complex_, "conj": complex_.conj()}
     state |= {"wide": torch.ones(1).expand(8), "bits": base.view(torch.int32), "e": base[:0], "f": base[:0]}
     found = read(write(tmp_path, step=1, weights=state, state=state, facts={}))
     assert list(found.state) == list(state)
     for group in (found.weights, found.state):
         assert tensors_digest(group.items()) == tensors_digest(state.items())
     assert found.state["same"] is found.state["base"]
+    assert len({id(tensor) for tensor in found.state.values()}) == len(state) - 1
     assert found.weights["same"].data_ptr() != found.weights["base"].data_ptr()
-    others = [found.state[name].data_ptr() for name in ("base", "t", "row", "c", "wide", "bits")]
-    assert len(set(others)) == 6
     assert (found.path / STATE).stat().st_size < (found.path / WEIGHTS).stat().st_size
 
 
@@ -598,6 +591,41 @@ def test_a_hostile_tensor_file_is_refused(two_steps, case):
     path.write_bytes((length or content[:8]) + (header or content[8 : 8 + size]) + content[8 + size :])
     assert path.stat().st_size == len(content) and path.read_bytes() != content
     assert_found(two_steps, WEIGHTS)
+
+
+FORGED = {
+    "nothing wrong": lambda h, data: data,
+    "offsets of each other": lambda h, data: h["a"].update(data_offsets=[0, 14]),
+    "offsets not numbers": lambda h, data: h["a"].update(data_offsets=["60", "74"]),
+    "another dtype": lambda h, data: h["a"].update(dtype="F16"),
+    "another shape": lambda h, data: h["b.weight"].update(shape=[3, 5]),
+    "a hidden tail": lambda h, data: data + b"more",
+    "a tensor cut": lambda h, data: data[:-1],
+}
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_a_forged_header_is_refused_though_every_digest_fits(two_steps, case):
+    """Other readers of the file would see other tensors than the digests tell."""
+    path = two_steps / "step-00000002"
+    content = (path / WEIGHTS).read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
+    data = FORGED[case](header, data) or data
+    text = json.dumps(header).encode()
+    start = len(text).to_bytes(8, "little") + text
+    (path / WEIGHTS).write_bytes(start + data)
+
+    def refit(manifest):
+        digests = [(name, manifest["weights"][name]["digest"]) for name in ("b.weight", "a")]
+        digest = joined_digest([("header", hashlib.sha256(start).hexdigest()[:32]), *digests])
+        manifest["files"][WEIGHTS] = {"bytes": len(start + data), "digest": digest}
+
+    resealed(path, refit)
+    if case == "nothing wrong":
+        assert holds(path, 2)
+    else:
+        assert_found(two_steps, WEIGHTS)
 
 
 def test_an_undecodable_frame_is_refused(two_steps):

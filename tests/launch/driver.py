@@ -18,6 +18,7 @@ from samestep.launching.supervisor import Fleet, supervise
 
 def ordinary(context):
     sys.stdout.write(f"worker {context.rank} prints\n")
+    assert context.shared.num_workers == context.num_forked
     context.sender.send("progress", {"rank": context.rank, "forked": context.num_forked, "pid": os.getpid()})
     if context.rank == 0:
         context.sender.send("finished", {"facts": {}}, b"x" * 3_000_000)
@@ -101,6 +102,17 @@ def stubborn(context):
     time.sleep(60)
 
 
+def tidies_up(context):
+    ready = Path(os.environ["TMPDIR"]) / "ready"
+    if context.rank == 1:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(ready.with_name("tidied").touch()))
+        ready.touch()
+        time.sleep(60)
+    while not ready.exists():
+        time.sleep(0.001)
+    raise ValueError("the first error")
+
+
 def wants_three(context):
     if context.num_forked == 3:
         context.sender.send("progress", {"rank": context.rank, "forked": 3})
@@ -141,6 +153,17 @@ def never(context):
     raise AssertionError("a worker was forked")
 
 
+class Shared:
+    """Something of the supervisor's that workers inherit."""
+
+    def __init__(self, num_workers):
+        self.num_workers = num_workers
+        self._descriptor = os.memfd_create("samestep-test")
+
+    def close(self):
+        os.close(self._descriptor)
+
+
 class Recorder:
     """Keeps what it is told; pids are shown at once, for tests that interfere."""
 
@@ -165,7 +188,7 @@ def main():
     recorder = Recorder(num_traces=5)
     before = sorted(os.listdir("/proc/self/fd"))
     try:
-        outcome = supervise(Fleet(body=body), num_workers, recorder)
+        outcome = supervise(Fleet(body=body, share=Shared), num_workers, recorder)
     except SettingsError as error:
         print(json.dumps({"settings_error": str(error)}))
         return

@@ -1,10 +1,11 @@
 import math
+import socket
 import threading
 
 import numpy as np
 import pytest
 
-from samestep.launching.channel import ChannelReporter, channel
+from samestep.launching.channel import ChannelReporter, Sender, channel
 
 
 @pytest.fixture
@@ -38,11 +39,19 @@ def test_a_frame_larger_than_the_pipe_arrives(ends):
     assert frames[0].blob == blob
 
 
-def test_half_a_frame_is_not_shown(ends):
+@pytest.mark.parametrize("cut", [3, 12, 15, -1])
+def test_half_a_frame_is_not_shown(ends, cut):
+    near, far = socket.socketpair()
+    Sender(far).send("kind", {"x": 1}, b"blob")
+    frame = near.recv(1 << 16)
+    near.close()
+    far.close()
     sender, receiver = ends
-    sender.send("whole", {"x": 1})
-    sender._connection.sendall(b"\x40\0\0\0\0\0\0\0\0\0\0\0{")
-    assert [frame.kind for frame in receiver.frames()] == ["whole"]
+    connection = sender._connection
+    connection.sendall(frame[:cut])
+    assert list(receiver.frames()) == []
+    connection.sendall(frame[cut:] + frame[:cut])
+    assert [(whole.kind, whole.info, whole.blob) for whole in receiver.frames()] == [("kind", {"x": 1}, b"blob")]
     sender.close()
     assert list(receiver.frames()) == []
     assert receiver.at_end

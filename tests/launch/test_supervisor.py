@@ -96,6 +96,11 @@ def test_a_worker_that_ignores_sigterm_is_killed(drive):
     assert "the first error" in end["message"]
 
 
+def test_the_rest_of_a_failed_fleet_may_tidy_up(drive):
+    drive("tidies_up")
+    assert "tidied" in map(str, drive.files())
+
+
 def test_a_fleet_is_started_again_with_more_workers_if_the_script_wants_them(drive):
     end = drive("wants_three", 2)
     assert (end["code"], end["num_workers"]) == (0, 3)

@@ -26,6 +26,7 @@ from samestep.core.fold import Absent
 from samestep.core.group import Group
 from samestep.core.layout import GRANULE
 from samestep.core.model import Model, Trained
+from samestep.core.optimizers import fingerprint, settings_of
 from samestep.core.randomness import seed_transform
 from samestep.errors import MismatchError, NonFiniteError, UsageError
 
@@ -123,12 +124,13 @@ class LiveSynchronous:
         """
         trained = self._model.trained[request.optimizer]
         presence = trained.gradients.presence()
-        value = [request.optimizer, part.losses, part.counted, list(part.samples.items()), part.means, part.changed]
+        optimizer = request.optimizer, fingerprint(trained.optimizer)
+        terms = [*optimizer, request.clip_norm, request.scale, request.transform is not None]
+        value = [terms, part.losses, part.counted, list(part.samples.items()), part.means, part.changed]
         met = self._calls.meet("step.update", request.where, value, presence or b"")
         self._clock.to("update")
         self._model.guard.check()
-        if len({v[0] for v, _ in met}) > 1:
-            raise MismatchError(f"Workers update different optimizers at {request.where}.")
+        self._check_terms(request, [v[0] for v, _ in met])
         losses = sorted((entry for v, _ in met for entry in v[1]))
         samples = {replica: count for v, _ in met for replica, count in v[3]}
         total, counted = self._total(request, [v[2] for v, _ in met], losses, samples)
@@ -144,6 +146,25 @@ class LiveSynchronous:
         weights = samples if not counted else _summed(losses)
         means = {name: _mean(met, name, weights) for name in sorted({n for v, _ in met for n in v[4]})}
         return Outcome(loss, norm, means, not applied)
+
+    def _check_terms(self, request: Request, terms: Sequence[list]) -> None:
+        if all(theirs == terms[0] for theirs in terms):
+            return
+        optimizer = self._model.trained[request.optimizer].optimizer
+        names = (
+            "optimizer",
+            f"settings of {type(optimizer).__name__} (here {settings_of(optimizer)})",
+            f"clip_norm (here {request.clip_norm})",
+            f"scale of the losses (here {request.scale})",
+            "transform",
+        )
+        for rank, theirs in enumerate(terms):
+            differing = [name for name, a, b in zip(names, terms[0], theirs, strict=True) if a != b]
+            if differing:
+                raise MismatchError(
+                    f"At {request.where} worker {rank} updates with other {', '.join(differing)} than worker 0. "
+                    f"These must be the same on every worker: decide them by step.loss, step.mean or run.mean."
+                )
 
     def _total(
         self, request: Request, modes: Sequence, losses: Sequence, samples: dict[int, int]

@@ -22,7 +22,7 @@ from samestep.core.group import Group
 from samestep.core.guard import Guard
 from samestep.core.layout import GRANULE, PIECE, Layout, lay_out
 from samestep.core.memory import check_fits, give_back
-from samestep.core.optimizers import Kind, kind_of
+from samestep.core.optimizers import Kind, kind_of, settings_of
 from samestep.core.update import Update
 from samestep.core.weights import Weights, check_separate, shape_of
 from samestep.core.whole_update import WholeUpdate
@@ -156,6 +156,7 @@ class Model:
             module.to(group.worker.device)
         names = self._names(optimizers)
         self._check_same(group)
+        _check_same_optimizers(optimizers, group)
         # The memory of weights, gradients, and (for most optimizers) two state tensors as large as the weights.
         taken = {id(p): p for o in optimizers for g in o.param_groups for p in g["params"]}
         if group.worker.is_first and group.worker.device == "cpu":
@@ -280,9 +281,29 @@ def _check_things(modules: Sequence[Any], optimizers: Sequence[Any], others: Seq
             if owners.setdefault(id(p), number) != number:
                 raise UsageError("Two optimizers hold the same parameter. Give each its own.")
     for module in modules:
+        for name, part in module.named_modules():
+            if isinstance(part, torch.nn.Embedding | torch.nn.EmbeddingBag) and part.max_norm is not None:
+                raise UsageError(
+                    f"The Embedding {name!r} has max_norm={part.max_norm}, with which it edits its weights in every "
+                    f"forward, once per shard and worker. Leave max_norm out; after step.update() scale long rows "
+                    f"inside `with run.edit():`."
+                )
         for name, p in (*module.named_parameters(), *module.named_buffers()):
             if isinstance(p, torch.nn.parameter.UninitializedTensorMixin):
                 raise UsageError(f"{name!r} has no shape yet. Run the model once on a sample before run.replicate.")
+
+
+def _check_same_optimizers(optimizers: Sequence[torch.optim.Optimizer], group: Group) -> None:
+    mine = [
+        f"{type(o).__name__} of {[len(g['params']) for g in o.param_groups]} parameters with {settings_of(o)}"
+        for o in optimizers
+    ]
+    first = wire.unpack(group.exchange(wire.pack(mine))[0])
+    if mine != first:
+        raise MismatchError(
+            f"Worker {group.worker.rank} built other optimizers than worker 0: {mine} against {first}. "
+            f"Build them inside main without clocks, own generators or run.worker."
+        )
 
 
 def _for_all(layout: Layout, num_workers: int) -> Layout:

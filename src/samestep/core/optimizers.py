@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import copy
 import enum
+import zlib
 from collections import defaultdict
+from typing import Any
 
 import torch
 
@@ -124,6 +126,22 @@ def _small_copy(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     ]
     twin.state = defaultdict(dict)
     return twin
+
+
+def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return the settings of each group: numbers, text, tuples of these; a tensor of one element as a number."""
+    return [{k: _plain(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+
+
+def fingerprint(optimizer: torch.optim.Optimizer) -> int:
+    """Return a number that differs between optimizers of other settings. Takes microseconds."""
+    return zlib.crc32(repr(settings_of(optimizer)).encode())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return float(value) if value.numel() == 1 else tuple(value.shape)
+    return value if isinstance(value, bool | int | float | str | tuple | None) else type(value).__name__
 
 
 def bare_copy(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

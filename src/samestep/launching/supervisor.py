@@ -234,7 +234,8 @@ class _Supervisor:
         if action is Action.END_NOW and not self._is_ending:
             self._is_ending = True
             self._deadline = time.monotonic() + _PATIENCE
-            pass
+            for member in self._members:
+                member.send_signal(signal.SIGTERM)
 
     def _deadline_passed(self) -> None:
         if not self._is_ending:

@@ -190,7 +190,8 @@ class Session:
             "elapsed": self.clock.elapsed(),
         }
         self.archive.save(folder, self.record.num_steps, facts, keep)
-        self._last_save = self.record.num_steps
+        if folder == self.keeping.checkpoint:
+            self._last_save = self.record.num_steps
 
     def finish(self, result: Any) -> dict[str, Any]:
         """Return the facts of the summary; on the first worker all of them. Collective."""
