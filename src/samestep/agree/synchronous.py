@@ -204,12 +204,12 @@ class LiveSynchronous:
         ready = None
         if request.transform is not None:
             ready = self._transformed(trained, request, absent, factor)
-        norm = None
+        norm = math.nan
         if request.clip_norm is not None or request.scaled:
             norm = self._norm(trained, absent, factor, ready)
-        applied = norm is None or not request.scaled or math.isfinite(norm)
-        if request.clip_norm is not None and not request.scaled and not math.isfinite(norm):
-            raise NonFiniteError(f"The norm of the gradients is {norm} in the step updated at {request.where}.")
+            if not request.scaled and not math.isfinite(norm):
+                raise NonFiniteError(f"The norm of the gradients is {norm} in the step updated at {request.where}.")
+        applied = not request.scaled or math.isfinite(norm)
         scale = 1.0
         if applied and request.clip_norm is not None and norm > request.clip_norm:
             # As in torch.nn.utils.clip_grad_norm_, a little below the bound rather than above it.
@@ -259,6 +259,7 @@ class LiveSynchronous:
 
     def _transform(self, trained: Trained, request: Request, index: int, flat: torch.Tensor) -> torch.Tensor:
         view, name = trained.weights.views[index], trained.weights.names[index]
+        assert request.transform is not None
         # A transform may draw noise; what it draws must not depend on which tensors this worker owns.
         seed_transform(*request.seeds, index)
         with torch.no_grad():
@@ -278,9 +279,9 @@ class LiveSynchronous:
                 sums = [ready[p.parameter][p.start : p.stop] if p.parameter in ready else None for p in chunk]
             else:
                 sums = trained.sums.chunk(index, absent, 1.0)
-            for piece, total in zip(chunk, sums, strict=True):
-                if total is not None:
-                    squares.append((piece.parameter, block_squares(total)))
+            for piece, summed in zip(chunk, sums, strict=True):
+                if summed is not None:
+                    squares.append((piece.parameter, block_squares(summed)))
         values = np.concatenate([s for _, s in squares]) if squares else np.empty(0)
         owners = np.concatenate([np.full(len(s), i) for i, s in squares]) if squares else np.empty(0)
         frame = values.astype("<f8").tobytes() + owners.astype("<f8").tobytes()

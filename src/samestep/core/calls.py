@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from samestep.core.clock import Clock
@@ -20,7 +21,7 @@ _OWN_FOLDER = str(Path(__file__).resolve().parent.parent)
 
 def line_of_user() -> str:
     """Return the innermost line outside samestep on the stack, as "train.py:40"."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename.startswith(_OWN_FOLDER):
         frame = frame.f_back
     if frame is None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from samestep.core.group import ALIGNMENT, GradientArea
 from samestep.core.tree import Leaf, Script
@@ -35,7 +36,7 @@ class _Sums:
         self.places = places
         self.stride = parameter.stride()
         self.full: list[torch.Tensor | None] = [None] * gradients.script.num_buffers
-        self.hook = None
+        self.hook: RemovableHandle | None = None
         self.arrivals = 0
         self.mode = _MANY if many else _COUNTING
 
@@ -66,8 +67,9 @@ class _Sums:
             self.add(leaf.buffer, gradient)
             self.gradients.num_folded += 1
         for target, source in leaf.merges:
-            if self.full[source] is not None:
-                self.add(target, self.full[source])
+            done = self.full[source]
+            if done is not None:
+                self.add(target, done)
                 self.full[source] = None
 
     def add(self, buffer: int, gradient: torch.Tensor) -> None:

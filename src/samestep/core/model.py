@@ -289,7 +289,7 @@ def _check_things(modules: Sequence[Any], optimizers: Sequence[Any], others: Seq
                     f"inside `with run.edit():`."
                 )
         for name, p in (*module.named_parameters(), *module.named_buffers()):
-            if isinstance(p, torch.nn.parameter.UninitializedTensorMixin):
+            if isinstance(p, torch.nn.UninitializedParameter | torch.nn.UninitializedBuffer):
                 raise UsageError(f"{name!r} has no shape yet. Run the model once on a sample before run.replicate.")
 
 

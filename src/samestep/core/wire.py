@@ -55,7 +55,7 @@ def unpack(frame: bytes) -> Any:
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of `tensor` in row-major order (a copy where it is not contiguous, or not on the CPU)."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
 
 
 def dtype_named(name: str) -> torch.dtype:

@@ -113,7 +113,7 @@ class Archive:
 
     def _check(self, saved: checkpoint.Checkpoint) -> None:
         """Compare names, shapes and dtypes, and the optimizers, with the model at hand."""
-        here = {n: t for n, t in self._tensors().items()}
+        here = self._tensors()
         there = {n: t for n, t in {**saved.state, **saved.weights}.items() if not n.startswith("optimizer.")}
         there |= {n: t for n, t in saved.state.items() if n in here}
         for name in [*here, *there]:

@@ -89,6 +89,7 @@ class Evaluation:
         requests = (Request(0, (np.arange(s.start, s.stop, dtype=np.int64),)) for s in spans)
         shards = load(self._source, requests, seed=self._seed, seed_sample=seed_sample)
         for number, (shard,) in zip(self._mine, shards, strict=True):
+            assert shard is not None
             seed_evaluation(self._seed, self._number, number)
             yield len(shard.ids), on_device(shard.batch, self._worker.device)
 

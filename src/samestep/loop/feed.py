@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,7 @@ class Feed:
 
     def batches(
         self, source: Source, slices: Iterator[Slice], reading: Reading
-    ) -> Iterator[tuple[Slice, Sequence[Shard | None]]]:
+    ) -> Generator[tuple[Slice, Sequence[Shard | None]], None, None]:
         """Yield each batch with the shards that the worker plays (None where empty). Close it to end the loaders."""
         ahead: deque[Slice] = deque()
         mine = reading.worker.replicas(reading.num_replicas)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from samestep.agree.synchronous import Synchronous
+from samestep.core.buffers import Rule
 from samestep.core.calls import line_of_user
 from samestep.core.checkpoint import load_newest
 from samestep.core.digest import tensors_digest
@@ -60,7 +61,7 @@ class Run:
         self,
         *things: Any,
         agree: Synchronous | None = None,
-        buffers: str | Mapping[str, str] = "mean",
+        buffers: Rule | Mapping[str, Rule] = "mean",
         arrivals: str = "auto",
     ) -> None:
         """Make identical replicas of modules and optimizers on every worker, and register all for checkpoints.

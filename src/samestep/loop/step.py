@@ -25,6 +25,7 @@ from samestep.errors import UsageError
 from samestep.loop.feed import Feed
 from samestep.loop.session import Session
 
+
 @dataclass(frozen=True, kw_only=True)
 class Choices:
     """What `step.update` was called with, and on which line of the script."""
@@ -103,11 +104,14 @@ class Step:
     def _play(self) -> Iterator[Any]:
         session = self._driver.session
         model, clock = session.model, session.clock
+        assert model is not None and self._shards is not None
         self._part = Part()
         for trained in model.trained:
             trained.gradients.begin_pass()
         model.buffers.begin_pass()
-        for index, (replica, shard) in enumerate(zip(session.worker.replicas(self._num_replicas), self._shards, strict=True)):
+        for index, (replica, shard) in enumerate(
+            zip(session.worker.replicas(self._num_replicas), self._shards, strict=True)
+        ):
             for trained in model.trained:
                 trained.gradients.begin_shard(index)
             if shard is not None:
@@ -146,15 +150,15 @@ class Step:
             )
         loss, count = _as_mean(loss, count, self._count)
         counted = count is not None
+        weight = self._count if count is None else count
         if self._part.counted not in (None, counted):
             raise UsageError("count= was given to some calls of step.backward and not to others in one step.")
         self._part.counted = counted
         if count == 0:
             self._part.losses.append((self._replica, 0.0, 0.0))
             return
-        weight = count if counted else self._count
         self._part.losses.append((self._replica, float(loss.detach()), weight))
-        share = count / unit_of(self.size) if counted else self._count / self.size
+        share = weight / (unit_of(self.size) if counted else self.size)
         if share == 1.0:
             loss.backward()
         elif share:
@@ -202,9 +206,7 @@ class Step:
             )
         if clip_norm is not None and not clip_norm > 0:
             raise UsageError(f"You set clip_norm={clip_norm}; it must be above 0.")
-        choices = Choices(
-            where=where, optimizer=optimizer, clip_norm=clip_norm, scaler=scaler, transform=transform
-        )
+        choices = Choices(where=where, optimizer=optimizer, clip_norm=clip_norm, scaler=scaler, transform=transform)
         self._outcome = self._driver.update(self, self._part, choices)
         self.means = self._outcome.means
         self.skipped = self._outcome.skipped

@@ -51,10 +51,11 @@ class Stepping:
             while True:
                 begin = time.perf_counter()
                 before = clock.to("data")
-                batch, shards = next(stream, (None, None))
+                loaded = next(stream, None)
                 clock.to(before)
-                if batch is None:
+                if loaded is None:
                     break
+                batch, shards = loaded
                 yield from self._one(feed, batch, self._on_device(shards))
                 session.record.timed(batch.size, time.perf_counter() - begin)
                 session.after_step(last=False)
@@ -65,6 +66,7 @@ class Stepping:
     def update(self, step: Step, part: Part, choices: Choices) -> Outcome:
         """Make one update for `step`, or give what was recorded of it."""
         session, model = self.session, self.session.model
+        assert model is not None and self._feed is not None
         index = _index_of([t.optimizer for t in model.trained], choices.optimizer)
         optimizer, scaler = model.trained[index].optimizer, choices.scaler
         if scaler is not None and not scaler.is_enabled():
@@ -83,7 +85,9 @@ class Stepping:
         session.clock.to(before)
         if scaler is not None:
             _update_scale(scaler, optimizer, outcome.skipped, session.worker.device)
-        optimizer._opt_called = True  # what a scheduler looks at before it warns that the optimizer never stepped
+        vars(optimizer)["_opt_called"] = (
+            True  # what a scheduler looks at before it warns that the optimizer never stepped
+        )
         for hook in _user_hooks(optimizer._optimizer_step_post_hooks):
             hook(optimizer, (), {})
         if step.pass_ == 0:
