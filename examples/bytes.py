@@ -1,6 +1,6 @@
 """A byte-level GPT that learns to write Python from the source text of Python's own standard library.
 
-    samestep run examples/bytes.py -- --steps 300 --bf16
+    samestep run examples/bytes.py -- --steps 400 --bf16
 
 Files end anywhere, so windows hold unequal numbers of bytes; `count=` makes the gradient the mean over all bytes of the
 batch, as if one device had read it whole. Every tenth file is held out.
@@ -18,8 +18,8 @@ from torch.nn import functional as F
 import samestep
 
 START, VOCABULARY = 256, 257  # 256 bytes, and one token that starts a document
-LENGTH, WIDTH, LAYERS, HEADS = 128, 128, 4, 4
-BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS = 32, 3e-3, 20
+LENGTH, WIDTH, LAYERS, HEADS = 128, 128, 2, 4
+BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS = 16, 3e-3, 20
 MAX_BYTES = 2_000_000
 
 
@@ -114,7 +114,7 @@ def main(run: samestep.Run, num_steps: int, bf16: bool) -> dict[str, float]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train a byte-level GPT on Python's standard library.")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--bf16", action="store_true", help="forward and backward in bfloat16 where that is safe")
     args = parser.parse_args()
     result = samestep.launch(lambda run: main(run, args.steps, args.bf16), replicas=8, seed=0)

@@ -473,6 +473,39 @@ def more_replicas_than_samples(run: Run) -> Any:
 
 
 @loop
+def empty_and_scattered_parameters(run: Run) -> Any:
+    """A parameter that is every second column of a tensor gets memory of its own."""
+    model = Perceptron()
+    model.last.weight = nn.Parameter(torch.randn(NUM_CLASSES, 400)[:, ::2].mul_(0.1))
+    model.none = nn.Parameter(torch.zeros(0, 3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    run.replicate(model, optimizer)
+    told = []
+    for step in run.steps(vectors(), batch_size=19, steps=2):
+        for batch in step:
+            step.backward(classes_loss(model, batch) + model.none.sum())
+        step.update(clip_norm=1.0)
+        updated(run, step, told)
+    return told
+
+
+@loop
+def rate_is_a_tensor(run: Run) -> Any:
+    model = Perceptron()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(3e-3), foreach=False)
+    halve = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    run.replicate(model, optimizer, halve)
+    told = []
+    for step in run.steps(vectors(), batch_size=19, steps=3):
+        for batch in step:
+            step.backward(classes_loss(model, batch))
+        step.update()
+        halve.step()
+        updated(run, step, told)
+    return told
+
+
+@loop
 def very_large_tensor(run: Run) -> Any:
     """One tensor of 520 x 520 elements, longer than a piece."""
     model = nn.Sequential(nn.Linear(20, 520), nn.ReLU(), nn.Linear(520, 520), nn.ReLU(), nn.Linear(520, NUM_CLASSES))

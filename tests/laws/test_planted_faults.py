@@ -392,9 +392,7 @@ FAULTS = {
         Buffers, "begin_shard", nothing, same_bits("convolutional", "sgd")
     ),
     "randomness: shards are not seeded": Fault(step_module, "seed_shard", nothing, same_bits("convolutional", "sgd")),
-    "randomness: replicas draw the same": Fault(
-        randomness, "key", without_replica, shards_draw_numbers_of_their_own
-    ),
+    "randomness: replicas draw the same": Fault(randomness, "key", without_replica, shards_draw_numbers_of_their_own),
     "randomness: transforms depend on the owner": Fault(
         synchronous, "seed_transform", nothing, same_bits_of("transformed")
     ),
@@ -429,13 +427,16 @@ FAULTS = {
     "optimizer: numbers are not told": Fault(
         whole_update.WholeUpdate,
         "settle",
-        lambda old: lambda self, notices: old(
-            self, [n if n is None else {**n, "numbers": {}, "settings": {}} for n in notices]
+        lambda old: (
+            lambda self, notices: old(self, [n if n is None else {**n, "numbers": {}, "settings": {}} for n in notices])
         ),
         same_bits_of("unknown_coupled_optimizer"),
     ),
     "optimizer: one that couples is taken for separable": Fault(
-        core_model, "kind_of", lambda old: lambda o: core_model.Kind("tensor"), same_bits_of("unknown_coupled_optimizer")
+        core_model,
+        "kind_of",
+        lambda old: lambda o: core_model.Kind("tensor"),
+        same_bits_of("unknown_coupled_optimizer"),
     ),
     "optimizer: one that looks at tensors is taken by elements": Fault(
         core_model, "kind_of", lambda old: lambda o: core_model.Kind("element"), same_bits("perceptron", "adafactor")

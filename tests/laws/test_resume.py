@@ -61,6 +61,10 @@ def coupled(run) -> Any:
     return LOOPS["unknown_coupled_optimizer"].main(run)
 
 
+def rate_is_a_tensor(run) -> Any:
+    return LOOPS["rate_is_a_tensor"].main(run)
+
+
 def edited(run) -> Any:
     return LOOPS["edited"].main(run)
 
@@ -95,7 +99,44 @@ def assert_resumed_is_never_stopped(main, folder: Path, replicas: int, workers: 
         assert resumed.as_words() == expected.as_words(), f"resumed from {path.name} on {count} workers"
 
 
-MAINS = {main.__name__: main for main in (eventful, adversarial, scaled, unknown, coupled, edited, two_data_sets)}
+def broken_off(run) -> Any:
+    """Leaves an epoch by break, right after an update, and begins the next."""
+    model = Convolutional()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    run.replicate(model, optimizer)
+    told = []
+    for epoch in range(3):
+        for step in run.steps(images(), batch_size=9, epochs=1):
+            for batch in step:
+                step.backward(classes_loss(model, batch))
+            step.update()
+            told.append([step.number, step.epoch, step.loss])
+            if step.number == 1 + 4 * epoch:
+                break
+        told.append(run.mean(lambda b: classes_loss(model, b), images(), batch_size=20))
+    return told
+
+
+def assert_broken_off_can_be_resumed(folder: Path) -> None:
+    """No checkpoint is written by a step that was left by break; from all others the run goes on."""
+    expected = play(broken_off, 4, 1)
+    kept = play(broken_off, 4, 2, keeping=Keeping(checkpoint=str(folder), every=1, keep=1000))
+    assert kept.as_words() == expected.as_words()
+    found = sorted(folder.glob("step-*"))
+    assert found
+    for number, path in enumerate(found):
+        resumed = play(broken_off, 4, 1 + number % 3, keeping=Keeping(resume=str(path)))
+        assert resumed.as_words() == expected.as_words(), path.name
+
+
+def test_left_by_break(tmp_path):
+    assert_broken_off_can_be_resumed(tmp_path)
+
+
+MAINS = {
+    main.__name__: main
+    for main in (eventful, adversarial, scaled, unknown, coupled, rate_is_a_tensor, edited, two_data_sets)
+}
 
 
 @pytest.mark.parametrize("main", MAINS)

@@ -77,7 +77,7 @@ class Convolutional(nn.Module):
         return self.last(self.dropout(F.relu(self._normed(self.inner(x)))))
 
     def _normed(self, x):
-        # Batch statistics of a single sample are no statistics, which torch refuses: such a shard uses the running ones.
+        # A single sample has no batch statistics, and torch refuses to take them.
         return self.flat_norm(x) if len(x) > 1 or not self.training else F.layer_norm(x, x.shape[1:])
 
 
@@ -122,6 +122,21 @@ class Odd(nn.Module):
         return out + chosen * self.sometimes(x) if chosen.any() else out
 
 
+class Shapes(nn.Module):
+    """Parameters of odd shapes: a number, one element, a transposed matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(1.5))
+        self.one = nn.Parameter(torch.zeros(1))
+        self.turned = nn.Parameter(torch.randn(60, 20).mul_(0.1).t())
+        self.last = nn.Linear(60, NUM_CLASSES)
+
+    def forward(self, x):
+        out = self.last((x @ self.turned).relu()) * self.temperature
+        return torch.cat([out[:, :1] + self.one, out[:, 1:]], 1)
+
+
 def classes_loss(model: nn.Module, batch: tuple, reduction: str = "mean") -> torch.Tensor:
     """Return the loss of a classifier."""
     x, y = batch
@@ -139,6 +154,7 @@ MODELS: dict[str, tuple[Callable, Callable, Callable]] = {
     "convolutional": (Convolutional, images, classes_loss),
     "transformer": (Transformer, texts, words_loss),
     "odd": (Odd, vectors, classes_loss),
+    "shapes": (Shapes, vectors, classes_loss),
 }
 """Model, data, loss (model, batch) -> scalar."""
 

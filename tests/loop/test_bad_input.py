@@ -570,11 +570,11 @@ def saved(tmp_path, replicas=4):
 def test_checkpoints_of_something_else(tmp_path):
     keeping = Keeping(resume=saved(tmp_path))
 
-    def script(make=Convolutional, optimizer=torch.optim.AdamW, data=images(), steps=4, more=(), batch_size=19):
+    def script(make=Convolutional, optimizer=torch.optim.AdamW, data=None, steps=4, more=(), batch_size=19):
         def main(run):
             model = make()
             run.replicate(model, optimizer(model.parameters(), lr=1e-3), *more)
-            for step in run.steps(data, batch_size=batch_size, steps=steps):
+            for step in run.steps(data or images(), batch_size=batch_size, steps=steps):
                 for batch in step:
                     step.backward(classes_loss(model, batch))
                 step.update()

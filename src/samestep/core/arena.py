@@ -23,6 +23,7 @@ promise this, both sides pass through a system call on the eventfd, which orders
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -207,10 +208,8 @@ class Arena(SharedMemoryGroup):
         words[self._mine + 3] = 1
         # Looked at once more after the flag is up. Should the flag still be missed, the timeout ends the nap.
         if any(words[line] < count for line in waiting) and self._poll.poll(_BLOCK_SECONDS * 1e3):
-            try:
+            with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._handles.events[self.worker.rank])
-            except BlockingIOError:
-                pass
         words[self._mine + 3] = 0
 
     def _wake(self) -> None:

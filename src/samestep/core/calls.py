@@ -53,6 +53,8 @@ class Calls:
             MismatchError: another worker is at another call.
         """
         self.number += 1
+        if self._group.worker.size == 1:
+            return [(value, frame)]
         head = json.dumps([self.number, kind, where, value], separators=(",", ":")).encode()
         before = self._clock.to("wait")
         replies = self._group.exchange(b"%d;%b%b" % (len(head), head, frame))

@@ -7,6 +7,7 @@ that every worker sees: full tensors in `optimizer.state[parameter]`, of which e
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +34,10 @@ class ElementUpdate(Update):
         self._group_of = {id(p): number for number, g in enumerate(optimizer.param_groups) for p in g["params"]}
         chunks = weights.layout.chunks[group.worker.rank]
         self._pieces: list[list[Piece]] = [list(chunk) for chunk in chunks]
-        self._shadows = [[weights.flat(piece) for piece in chunk] for chunk in chunks]
+        self._shadows = [[self._shadow(piece) for piece in chunk] for chunk in chunks]
+        self._pairs = [
+            pair for p, s in zip(self._pieces, self._shadows, strict=True) for pair in zip(p, s, strict=True)
+        ]
         self._groups = [self._group_by_settings(p, s) for p, s in zip(self._pieces, self._shadows, strict=True)]
         self._known: dict[Piece, dict[str, torch.Tensor]] = {piece: {} for chunk in chunks for piece in chunk}
         self._places: dict[Slot, torch.Tensor] = {}
@@ -54,6 +58,8 @@ class ElementUpdate(Update):
         fresh = False
         for piece, shadow in self._each():
             state, known = self._twin.state.get(shadow, {}), self._known[piece]
+            if len(state) == len(known) and all(map(operator.is_, state.values(), known.values())):
+                continue
             for key, value in state.items():
                 place = known.get(key)
                 if place is None:
@@ -97,10 +103,17 @@ class ElementUpdate(Update):
         if self._group.shares_memory:
             self._place()
 
+    def _shadow(self, piece: Piece) -> torch.Tensor:
+        flat = self._weights.flat(piece)
+        # The state of a single number has no dimensions either; only so does it fit when it is loaded.
+        return flat.reshape(()) if self._weights.views[piece.parameter].dim() == 0 else flat
+
     def _step(self, index: int, gradients: Sequence[torch.Tensor | None], shadows: Sequence[torch.Tensor]) -> None:
         for shadow, gradient in zip(shadows, gradients, strict=True):
             if gradient is not None and gradient.dtype != shadow.dtype:
                 gradient = gradient.to(shadow.dtype)
+            if gradient is not None and gradient.dim() != shadow.dim():
+                gradient = gradient.reshape(())
             shadow.grad = gradient
         for number, settings in self._groups[index]:
             params = settings["params"]
@@ -117,7 +130,7 @@ class ElementUpdate(Update):
         return sorted(groups.items())
 
     def _each(self) -> list[tuple[Piece, torch.Tensor]]:
-        return [pair for p, s in zip(self._pieces, self._shadows, strict=True) for pair in zip(p, s, strict=True)]
+        return self._pairs
 
     def _place(self) -> None:
         """Move state that has no place yet into the group's memory. Collective."""

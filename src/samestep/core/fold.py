@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 
 from samestep.core.group import GradientArea, aligned_zeros
-from samestep.core.layout import Layout, Piece
+from samestep.core.layout import Piece
 from samestep.core.tree import Expression, without
 from samestep.core.weights import Weights, sum_dtype
 
@@ -118,8 +118,11 @@ class HeldFold:
             whole = held[piece.parameter]
             if whole is not None:
                 length = piece.stop - piece.start
-                whole = whole.as_strided((length,), (1,), whole.storage_offset() + piece.start)
-            sums.append(_scaled(whole, factor))
+                if length == whole.numel() and whole.is_contiguous():
+                    whole = whole.view(-1)
+                else:
+                    whole = whole.as_strided((length,), (1,), whole.storage_offset() + piece.start)
+            sums.append(whole if factor == 1.0 else _scaled(whole, factor))
         return sums
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 ALIGNMENT = 64
 GRANULE = 16_384
@@ -87,7 +88,7 @@ def lay_out(shapes: Sequence[Shape], num_workers: int, *, granule: int = GRANULE
     offsets, num_bytes = _place(shapes, [s.item_bytes for s in shapes])
     sum_offsets, sum_bytes = _place(shapes, [s.sum_bytes for s in shapes])
     bounds = [_bound(shapes, num_workers, w, granule) for w in range(num_workers + 1)]
-    pairs = list(zip(bounds, bounds[1:], strict=False))
+    pairs = list(pairwise(bounds))
     return Layout(
         shapes=tuple(shapes),
         offsets=tuple(offsets),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -107,7 +108,7 @@ def check_separate(names: Sequence[str], parameters: Sequence[torch.Tensor]) -> 
         for name, p in zip(names, parameters, strict=True)
         if p.numel() and p.device.type != "meta"
     )
-    for (_, end, first), (start, _, second) in zip(spans, spans[1:], strict=False):
+    for (_, end, first), (start, _, second) in pairwise(spans):
         if start < end:
             raise UsageError(
                 f"Parameters {first!r} and {second!r} share memory but are two Parameter objects. "

@@ -54,7 +54,8 @@ def unpack(frame: bytes) -> Any:
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of `tensor` in row-major order (a copy where it is not contiguous, or not on the CPU)."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    dense = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    flat = dense.as_strided((dense.numel(),), (1,))
     return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
 
 

@@ -17,6 +17,8 @@ from samestep.data.proof import Coverage, Proof, SampleCount
 from samestep.data.source import Source
 from samestep.data.split import Slice, shard_bounds
 
+_COUNT_AT_ONCE = 16_384
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
@@ -43,14 +45,16 @@ class Feed:
     Attributes:
         data: what the user gave; kept so that its identity stays its own.
         coverage: what the committed steps were due to read.
-        read: what this worker read for committed steps.
     """
 
     def __init__(self, data: Any, num_samples: int, seed: int):
         self.data = data
         self.num_samples = num_samples
         self.coverage = Coverage(num_samples)
-        self.read = SampleCount()
+        self._read = SampleCount()
+        self._uncounted: list[np.ndarray] = []
+        self._num_uncounted = 0
+        self._epoch = 0
         self._seed = seed
         self._shuffle = True
         self._orders: dict[int, Order] = {}
@@ -95,9 +99,33 @@ class Feed:
     def commit(self, batch: Slice, shards: Sequence[Shard | None] | None) -> None:
         """Count a committed step's samples, from the ids that were read (None in a replay: read before)."""
         self.coverage.add(batch)
-        ids = [shard.ids for shard in shards or () if shard is not None]
-        if ids:
-            self.read += SampleCount.of(batch.epoch, np.concatenate(ids))
+        if batch.epoch != self._epoch:
+            self._count(self._epoch)
+        for shard in shards or ():
+            if shard is not None:
+                self._uncounted.append(shard.ids)
+                self._num_uncounted += shard.size
+        if batch.ends_epoch or self._num_uncounted >= _COUNT_AT_ONCE:
+            self._count(batch.epoch)
+        self._epoch = batch.epoch
+
+    @property
+    def read(self) -> SampleCount:
+        """What this worker read for committed steps."""
+        self._count(self._epoch)
+        return self._read
+
+    def restore(self, read: SampleCount) -> None:
+        """Set what was read before a resume."""
+        self._uncounted.clear()
+        self._read = read
+
+    def _count(self, epoch: int) -> None:
+        """Hash the ids that wait, all of one epoch: together, because a hash of few costs as much as one of many."""
+        if self._uncounted:
+            self._read += SampleCount.of(epoch, np.concatenate(self._uncounted))
+            self._uncounted.clear()
+            self._num_uncounted = 0
 
     def proof(self, read: SampleCount) -> Proof:
         """Compare what all workers read with what was due."""

@@ -83,6 +83,10 @@ class Session:
             )
         self.ledger = Ledger.from_facts(saved.facts["ledger"])
         self._saved = saved
+        self.group.exchange(b"")
+        if self.worker.is_first:
+            for path, _ in skipped:
+                checkpoint.set_aside(path)
         self.record.note(f"Resumed from {saved.path}, after step {saved.step}.")
 
     @property
@@ -242,7 +246,7 @@ class Session:
         self._saved = None
         self.archive.restore(saved)
         for feed, read in zip(self._feeds.values(), saved.facts["reads"], strict=True):
-            feed.read = SampleCount.from_state(read) if self.worker.is_first else SampleCount()
+            feed.restore(SampleCount.from_state(read) if self.worker.is_first else SampleCount())
         self.clock.add(saved.facts["elapsed"])
         self._last_save = self.record.num_steps
 
