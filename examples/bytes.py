@@ -1,6 +1,6 @@
 """A byte-level GPT that learns to write Python from the source text of Python's own standard library.
 
-    samestep run examples/bytes.py -- --steps 400 --bf16
+    samestep run examples/bytes.py -- --steps 400
 
 Files end anywhere, so windows hold unequal numbers of bytes; `count=` makes the gradient the mean over all bytes of the
 batch, as if one device had read it whole. Every tenth file is held out.
@@ -19,8 +19,7 @@ import samestep
 
 START, VOCABULARY = 256, 257  # 256 bytes, and one token that starts a document
 LENGTH, WIDTH, LAYERS, HEADS = 128, 128, 2, 4
-BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS = 16, 3e-3, 20
-MAX_BYTES = 2_000_000
+BATCH_SIZE, LEARNING_RATE, WARMUP_STEPS, MAX_BYTES = 16, 3e-3, 20, 2_000_000
 
 
 class Block(nn.Module):
@@ -94,7 +93,6 @@ def main(run: samestep.Run, num_steps: int, bf16: bool) -> dict[str, float]:
         optimizer, lambda n: min((n + 1) / WARMUP_STEPS, 0.55 + 0.45 * math.cos(math.pi * n / num_steps))
     )
     run.replicate(model, optimizer, scheduler)
-
     for step in run.steps(train, BATCH_SIZE, steps=num_steps):
         for windows in step:
             loss, counts = losses(model, windows, bf16)
@@ -115,7 +113,7 @@ def main(run: samestep.Run, num_steps: int, bf16: bool) -> dict[str, float]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train a byte-level GPT on Python's standard library.")
     parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--bf16", action="store_true", help="forward and backward in bfloat16 where that is safe")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 where that is safe (slow on old CPUs)")
     args = parser.parse_args()
     result = samestep.launch(lambda run: main(run, args.steps, args.bf16), replicas=8, seed=0)
     print(f"held-out bits per byte: {result['held-out bits per byte']:.3f}")

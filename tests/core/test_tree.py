@@ -53,7 +53,7 @@ def test_shape_does_not_depend_on_workers(data, num_leaves):
 def test_eight_and_five_leaves():
     assert shape(0, 8) == "(((0+1)+(2+3))+((4+5)+(6+7)))"
     assert [middle(0, n) for n in (2, 3, 4, 5, 8, 9)] == [1, 2, 2, 4, 4, 8]
-    assert nodes_of(range(0, 3), 5) == [(0, 2), (2, 3)]
+    assert nodes_of(range(3), 5) == [(0, 2), (2, 3)]
     assert nodes_of(range(3, 5), 5) == [(3, 4), (4, 5)]
     assert nodes_of(range(2, 2), 5) == []
 

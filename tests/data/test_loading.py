@@ -303,10 +303,24 @@ def test_a_loader_that_dies_is_an_error_in_its_place(how, words, capfd):
     assert seen == list(range(17))
 
 
+_elsewhere: list[psutil.Process] = []
+
+
+@pytest.fixture(autouse=True)
+def know_other_children():
+    """Other tests of the session may have a helper process at work."""
+    _elsewhere[:] = psutil.Process().children()
+
+
+def loaders_here() -> list[psutil.Process]:
+    """Return the child processes that this test started."""
+    return [child for child in psutil.Process().children() if child not in _elsewhere]
+
+
 def test_ctrl_c_does_not_end_loaders():
     shards = loading(torch.arange(40), requests_of(40, 2, 1), 2)
     next(shards)
-    for child in psutil.Process().children():
+    for child in loaders_here():
         child.send_signal(signal.SIGINT)
     assert len(list(shards)) == 19
 
@@ -323,7 +337,7 @@ def test_closing_ends_loaders_inside_a_sample(ending):
     """A sample that never returns: only ending its process ends this test."""
     shards = loading(Blocks(), [request([i]) for i in range(40)], 2)
     assert next(shards)[0].ids.tolist() == [0]
-    assert len(psutil.Process().children()) == 2
+    assert len(loaders_here()) == 2
     if ending == "close":
         shards.close()
     elif ending == "forget":
@@ -331,12 +345,12 @@ def test_closing_ends_loaders_inside_a_sample(ending):
     else:
         with pytest.raises(ZeroDivisionError):
             shards.throw(ZeroDivisionError())
-    assert psutil.Process().children() == []
+    assert loaders_here() == []
 
 
 def test_nothing_starts_before_the_first_shard_is_asked_for():
     shards = loading(torch.arange(40), requests_of(40, 2, 1), 2)
-    assert psutil.Process().children() == []
+    assert loaders_here() == []
     shards.close()
     assert list(shards) == []
 

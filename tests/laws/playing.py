@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from samestep.core.digest import tensor_digest
 from samestep.core.fakes import run_threads
 from samestep.core.group import Group, Solo
 from samestep.core.randomness import seed_start
@@ -40,7 +41,9 @@ class Played:
 
 
 def plain(value: Any) -> Any:
-    """Return `value` with tensors as lists and floats in hexadecimal, so that text tells every bit."""
+    """Return `value` with floats in hexadecimal and tensors as lists or digests, so that text tells every bit."""
+    if isinstance(value, torch.Tensor) and value.numel() > 64:
+        return tensor_digest(value)
     if isinstance(value, torch.Tensor):
         return [str(value.dtype), list(value.shape), plain(value.flatten().tolist())]
     if isinstance(value, float):

@@ -70,7 +70,7 @@ def maker(model: Callable, optimizer: str) -> Callable:
     return make
 
 
-@pytest.mark.parametrize(("replicas", "workers"), [(8, 1), (8, 3), (5, 2)])
+@pytest.mark.parametrize(("replicas", "workers"), [(8, 3), (5, 2)])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("model", MODELS)
 def test_uneven_shards(model, optimizer, replicas, workers):

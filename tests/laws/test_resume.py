@@ -23,7 +23,7 @@ def eventful(run) -> Any:
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
     run.replicate(model, average, optimizer, plateau)
     losses, best, bad = [], float("inf"), 0
-    for epoch in range(4):
+    for _ in range(4):
         for step in run.steps(images(), batch_size=19, epochs=1):
             for batch in step:
                 step.backward(classes_loss(model, batch))
@@ -42,7 +42,7 @@ def eventful(run) -> Any:
         best, bad = (error, 0) if error < best - 0.05 else (best, bad + 1)
         if bad > 1:
             break
-    return losses, epoch, [p.detach().clone() for p in average.parameters()]
+    return losses, [p.detach().clone() for p in average.parameters()]
 
 
 def adversarial(run) -> Any:

@@ -194,7 +194,7 @@ def test_prints_reach_a_process_whose_streams_are_not_descriptors(shell, capsys,
 
     with pytest.raises(samestep.WorkerError, match="ValueError: planted 3") as caught:
         samestep.launch(main, workers=1)
-    assert "test_run.py" in str(caught.value)
+    assert "test_scripts.py" in str(caught.value)
     assert capsys.readouterr().out == "printed by worker 0\n"
 
 
