@@ -1,6 +1,6 @@
 """The memory bandwidth that several processes reach together, with plain torch loops over memory far out of cache.
 
-Two loops are tried, and the better one counts: adding in place (two reads, one write) and copying (one read, one write).
+Two loops are tried, and the better one counts: adding in place (two reads, one write), copying (one read, one write).
 A copy may also read the lines that it is about to write; that is not counted, since large copies often avoid it.
 """
 

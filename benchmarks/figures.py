@@ -78,7 +78,7 @@ def update(arena: Rounds, gloo: Rounds, num_workers: int) -> list[Table]:
     bandwidth = statistics.median(of(arena, "bandwidth"))
     bound = Table(
         "Share of the memory's bandwidth",
-        ["gradient", "update", "clipped update", "gloo + fused AdamW", "aim"],
+        ["gradient", "update", "clipped update", "gloo + fused AdamW", "aim", "aim, clipped"],
         notes=[
             f"The workers together reach {bytes_in_words(bandwidth)}/s in plain loops of torch. An update must move "
             f"(P + 6) N bytes, with clipping (2 P + 6) N, for N bytes of gradients and P workers; gloo's column counts "
@@ -116,7 +116,7 @@ def update(arena: Rounds, gloo: Rounds, num_workers: int) -> list[Table]:
                 (num_workers + 6, peer["update"]),
             )
         ]
-        bound.rows.append([size, *(f"{s:.0%}" for s in shares), judged(shares[0], BOUND_AIM)])
+        bound.rows.append([size, *(f"{s:.0%}" for s in shares), *(judged(s, BOUND_AIM) for s in shares[:2])])
     times.notes.append(
         "reduce: each sum is made once, in its owner's cache, where the optimizer reads it; all-reduce: sums are "
         "stored for all to read; update: all that `step.update()` does."
