@@ -340,11 +340,11 @@ def samples_for_words(old):
 
 
 def norm_of_squares(old):
-    return lambda flat: old(flat) * 2
+    return lambda flats: [blocks * 2 for blocks in old(flats)]
 
 
 def whole_runs(old):
-    return lambda flat: np.array([float(torch.linalg.vector_norm(flat, dtype=torch.float64)) ** 2])
+    return lambda flats: [np.array([float(torch.linalg.vector_norm(f, dtype=torch.float64)) ** 2]) for f in flats]
 
 
 def batches_weigh_alike(old):

@@ -4,7 +4,7 @@ The hops of a step, numbered as in `samestep.core`:
 
     [4] meet     every worker tells its losses, counts and used parameters; all gradients are published
     [5] reduce   owners add the nodes of their units along the tree
-    [6] clip     norms in float64 per tensor, added in parameter order; one factor for all (only if asked for)
+    [6] clip     norms per tensor, added in parameter order; one factor for all (only if asked for)
     [7] update   owners run the optimizer in place
     [8] commit   all see the new weights
 """
@@ -24,8 +24,8 @@ from samestep.core.calls import Calls
 from samestep.core.clock import Clock
 from samestep.core.fold import Absent
 from samestep.core.group import Group
-from samestep.core.layout import GRANULE
 from samestep.core.model import Model, Trained
+from samestep.core.norms import block_squares
 from samestep.core.optimizers import fingerprint, settings_of
 from samestep.core.randomness import seed_transform
 from samestep.errors import MismatchError, NonFiniteError, UsageError
@@ -271,17 +271,18 @@ class LiveSynchronous:
         return own.as_strided((own.numel(),), (1,))
 
     def _norm(self, trained: Trained, absent: Absent, factor: float, ready: dict[int, torch.Tensor] | None) -> float:
-        """Return the global norm: per tensor in float64 over fixed blocks, added in parameter order."""
+        """Return the global norm: squares per tensor over fixed blocks, added in float64 in parameter order."""
         rank = self._group.worker.rank
         squares: list[tuple[int, np.ndarray]] = []
-        for index, chunk in enumerate(trained.weights.layout.chunks[rank]):
+        # Backwards: the update goes forwards, and finds what was read last still in the cache.
+        for index, chunk in reversed(list(enumerate(trained.weights.layout.chunks[rank]))):
             if ready is not None:
                 sums = [ready[p.parameter][p.start : p.stop] if p.parameter in ready else None for p in chunk]
             else:
                 sums = trained.sums.chunk(index, absent, 1.0)
-            for piece, summed in zip(chunk, sums, strict=True):
-                if summed is not None:
-                    squares.append((piece.parameter, block_squares(summed)))
+            present = [(p.parameter, flat) for p, flat in zip(chunk, sums, strict=True) if flat is not None]
+            blocks = block_squares([flat for _, flat in present])
+            squares[:0] = [(parameter, block) for (parameter, _), block in zip(present, blocks, strict=True)]
         values = np.concatenate([s for _, s in squares]) if squares else np.empty(0)
         owners = np.concatenate([np.full(len(s), i) for i, s in squares]) if squares else np.empty(0)
         frame = values.astype("<f8").tobytes() + owners.astype("<f8").tobytes()
@@ -304,21 +305,6 @@ def unit_of(num_samples: int) -> float:
     It keeps weighted losses small enough for half precision; the mean takes it out again.
     """
     return 2.0 ** math.ceil(math.log2(max(num_samples, 1)))
-
-
-def block_squares(flat: torch.Tensor) -> np.ndarray:
-    """Return the sum of squares, in float64, of each block of `GRANULE` elements of a flat gradient."""
-    whole = len(flat) // GRANULE * GRANULE
-    norms = []
-    if whole:
-        norms.append(torch.linalg.vector_norm(flat[:whole].view(-1, GRANULE), dim=1, dtype=_wide(flat)))
-    if whole < len(flat):
-        norms.append(torch.linalg.vector_norm(flat[whole:], dtype=_wide(flat)).reshape(1))
-    return torch.cat(norms).double().square().cpu().numpy()
-
-
-def _wide(flat: torch.Tensor) -> torch.dtype:
-    return torch.complex128 if flat.is_complex() else torch.float64
 
 
 def _absent(met: Sequence[tuple[Any, bytes]], trained: Trained) -> Absent:

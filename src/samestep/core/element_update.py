@@ -41,6 +41,7 @@ class ElementUpdate(Update):
         self._groups = [self._group_by_settings(p, s) for p, s in zip(self._pieces, self._shadows, strict=True)]
         self._known: dict[Piece, dict[str, torch.Tensor]] = {piece: {} for chunk in chunks for piece in chunk}
         self._places: dict[Slot, torch.Tensor] = {}
+        self._states: list[tuple[dict, dict]] | None = None
         if optimizer.state:
             self.load({i: dict(optimizer.state[p]) for i, p in enumerate(weights.parameters) if optimizer.state.get(p)})
 
@@ -56,8 +57,9 @@ class ElementUpdate(Update):
 
     def notice(self) -> Any:
         fresh = False
-        for piece, shadow in self._each():
-            state, known = self._twin.state.get(shadow, {}), self._known[piece]
+        if self._states is None:
+            self._states = [(self._twin.state[shadow], self._known[piece]) for piece, shadow in self._each()]
+        for state, known in self._states:
             if len(state) == len(known) and all(map(operator.is_, state.values(), known.values())):
                 continue
             for key, value in state.items():
@@ -94,6 +96,7 @@ class ElementUpdate(Update):
 
     def load(self, state: State) -> None:
         self._twin.state.clear()
+        self._states = None
         self._places.clear()
         self._optimizer.state.clear()
         for piece, shadow in self._each():

@@ -124,6 +124,8 @@ class Gradients:
             self._sums.append(_Sums(self, name, parameter, places, many))
         self._num_trainable = 0
         self._before = 0
+        # A lone worker with one replica has nothing to add: gradients can wait for the end of the shard.
+        self._hooked = area is not None or len(script.leaves) > 1
 
     def begin_pass(self) -> None:
         """Forget all sums."""
@@ -135,7 +137,7 @@ class Gradients:
             sums.parameter.grad = None
             if sums.parameter.requires_grad:
                 self._num_trainable += 1
-                if sums.hook is None:
+                if sums.hook is None and self._hooked:
                     sums.hook = sums.parameter.register_post_accumulate_grad_hook(sums.arrive)
 
     def begin_shard(self, index: int) -> None:
