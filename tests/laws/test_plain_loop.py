@@ -88,7 +88,7 @@ def assert_equal_to_plain_loop(make: Callable, data: tuple, loss_of: Callable, c
     plain, stepper = make()
     number = 0
     for epoch in range(2):
-        order = Permutation(len(data[0]), key(6, 0, epoch))
+        order = Permutation(len(data[0]), key(6, 0, 0, epoch))
         for start in range(0, len(data[0]), 19):
             ids = torch.from_numpy(order.ids(start, min(start + 19, len(data[0]))))
             batch = tuple(column[ids] for column in data)

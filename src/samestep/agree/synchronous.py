@@ -126,6 +126,7 @@ class LiveSynchronous:
         presence = trained.gradients.presence()
         optimizer = request.optimizer, fingerprint(trained.optimizer)
         terms = [*optimizer, request.clip_norm, request.scale, request.transform is not None]
+        terms += [request.seeds[1], request.num_samples]
         value = [terms, part.losses, part.counted, list(part.samples.items()), part.means, part.changed]
         met = self._calls.meet("step.update", request.where, value, presence or b"")
         self._clock.to("update")
@@ -157,6 +158,8 @@ class LiveSynchronous:
             f"clip_norm (here {request.clip_norm})",
             f"scale of the losses (here {request.scale})",
             "transform",
+            "step number",
+            f"batch size (here {request.num_samples})",
         )
         for rank, theirs in enumerate(terms):
             differing = [name for name, a, b in zip(names, terms[0], theirs, strict=True) if a != b]

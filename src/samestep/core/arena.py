@@ -10,7 +10,7 @@ Control block, one line of 64 bytes per worker, int64 words:
     [1] [2]        length of its message in an even / odd exchange
     [3] asleep     1 while it blocks on its eventfd
 
-and one line before them: [0] the word that a supervisor sets when a worker is gone.
+and one line before them: [0] the word that `Handles.abort` sets: a worker is gone.
 
 [Note: two message buffers]
 A worker may enter exchange k+1 while another still reads the messages of exchange k, so messages of odd and even
@@ -24,7 +24,6 @@ promise this, both sides pass through a system call on the eventfd, which orders
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import mmap
 import os
 import platform
@@ -135,17 +134,6 @@ class Arena(SharedMemoryGroup):
         memory = mmap.mmap(self._handles.data, length, offset=start)
         self._maps.append(memory)
         return torch.frombuffer(memory, dtype=torch.uint8)[:num_bytes]
-
-    def protect(self, writable: bool) -> None:
-        """Make all data memory of this worker writable, or read-only so that a stray write faults.
-
-        Used by `verify`, to name the line that edits weights in place.
-        """
-        libc = ctypes.CDLL(None, use_errno=True)
-        flags = 0x1 | (0x2 if writable else 0)
-        for memory in self._maps:
-            address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-            libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(len(memory)), flags)
 
     def close(self) -> None:
         self._words.release()

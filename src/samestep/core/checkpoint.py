@@ -226,7 +226,7 @@ def keep(folder: Location, count: int, trusted: Path | None = None) -> list[Path
     if len(steps) <= count:
         return []
     good = trusted if trusted in steps[-count:] else latest(folder)
-    old = [step for step in steps[:-count] if step != good] if good else []
+    old = [step for step in steps[:-count] if step not in (good, trusted)] if good else []
     try:
         with _writing(Path(folder)):
             for step in old:

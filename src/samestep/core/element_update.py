@@ -75,6 +75,9 @@ class ElementUpdate(Update):
         if any(n is not None for n in notices):
             self._place()
 
+    def was_cleared(self) -> bool:
+        return bool(self._places) and not self._optimizer.state
+
     def full_state(self) -> State:
         if self._group.shares_memory:
             self._group.exchange(b"")

@@ -92,6 +92,7 @@ class Trained:
         made = ElementUpdate if kind is Kind.ELEMENT else WholeUpdate
         self.update: Update = made(optimizer, self.weights, group)
         self.stale = False
+        self._held = [id(p) for group in optimizer.param_groups for p in group["params"]]
         self._load_hook = optimizer.register_load_state_dict_post_hook(self._loaded)
         self._guard_hook = optimizer.register_step_pre_hook(_refuse_step)
 
@@ -106,7 +107,13 @@ class Trained:
 
     def reload_if_stale(self) -> None:
         """Take over a state that the user loaded into the optimizer. Collective if so (on every worker alike)."""
-        if self.stale:
+        held = [id(p) for group in self.optimizer.param_groups for p in group["params"]]
+        if held != self._held:
+            raise UsageError(
+                f"Parameters of {type(self.optimizer).__name__} were changed after run.replicate. Give it all of them "
+                f"before; those with requires_grad=False are skipped until you unfreeze them."
+            )
+        if self.stale or self.update.was_cleared():
             self.stale = False
             state = {
                 i: dict(self.optimizer.state[p])

@@ -42,6 +42,10 @@ class Update(ABC):
     def settle(self, notices: Sequence[Any]) -> None:
         """Act on the notices of all workers. Collective if any is not None."""
 
+    def was_cleared(self) -> bool:
+        """Return whether the user emptied the optimizer's state."""
+        return False
+
     @abstractmethod
     def full_state(self) -> State:
         """Return all optimizer state, of all owners. Collective."""

@@ -64,6 +64,11 @@ class Evaluation:
         met = [entry for value, _ in calls.meet("run.mean", where, entries) for entry in value]
         total = sum(entry[0] for entry in met)
         names = met[0][1]
+        for entry in met:
+            if entry[1] != names:
+                raise UsageError(
+                    f"run.mean was given {entry[1]} for one batch and {names} for another. Name all alike."
+                )
         means = [math.fsum(entry[2][i] for entry in met) / total for i in range(len(names))]
         return means[0] if names == [""] else dict(zip(names, means, strict=True))
 
@@ -96,7 +101,8 @@ class Evaluation:
     def _sums(self, result: Any, count: int) -> tuple[list[str], list[float]]:
         """Return names and sums over the batch of what the function gave."""
         named = result if isinstance(result, dict) else {"": result}
-        return [str(name) for name in named], [_sum(value, count) for value in named.values()]
+        items = sorted((str(name), value) for name, value in named.items())
+        return [name for name, _ in items], [_sum(value, count) for _, value in items]
 
 
 def _sum(value: Any, count: int) -> float:

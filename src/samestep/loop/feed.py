@@ -47,7 +47,14 @@ class Feed:
         coverage: what the committed steps were due to read.
     """
 
-    def __init__(self, data: Any, num_samples: int, seed: int):
+    def __init__(self, data: Any, num_samples: int, seed: tuple[int, int]):
+        """Take a data set.
+
+        Args:
+            data: what the user gave.
+            num_samples: its length.
+            seed: the run's seed, and the number of the data set in the run.
+        """
         self.data = data
         self.num_samples = num_samples
         self.coverage = Coverage(num_samples)
@@ -57,6 +64,7 @@ class Feed:
         self._epoch = 0
         self._seed = seed
         self._shuffle = True
+        self._shuffled: dict[int, bool] = {}
         self._orders: dict[int, Order] = {}
 
     def order(self, epoch: int) -> Order:
@@ -64,7 +72,8 @@ class Feed:
         if epoch not in self._orders:
             if len(self._orders) > 3:
                 self._orders.pop(min(self._orders))
-            permuted = Permutation(self.num_samples, key(6, self._seed, epoch)) if self._shuffle else None
+            shuffled = self._shuffled.get(epoch, self._shuffle)
+            permuted = Permutation(self.num_samples, key(6, *self._seed, epoch)) if shuffled else None
             self._orders[epoch] = permuted if permuted is not None else Identity(self.num_samples)
         return self._orders[epoch]
 
@@ -99,6 +108,7 @@ class Feed:
     def commit(self, batch: Slice, shards: Sequence[Shard | None] | None) -> None:
         """Count a committed step's samples, from the ids that were read (None in a replay: read before)."""
         self.coverage.add(batch)
+        self._shuffled.setdefault(batch.epoch, self._shuffle)
         if batch.epoch != self._epoch:
             self._count(self._epoch)
         for shard in shards or ():

@@ -233,7 +233,15 @@ class Run:
         """
         self._outside_shard("run.load")
         self.model  # noqa: B018
-        self._session.recorded("load", lambda: self._session.archive.restore(load_newest(path)[0]))
+        session = self._session
+
+        def restore() -> None:
+            saved, skipped = load_newest(path)
+            for skipped_path, reason in skipped:
+                session.record.note(f"Checkpoint {skipped_path} was skipped: {reason}")
+            session.archive.restore(saved)
+
+        session.recorded("load", restore)
 
     def log(self, **scalars: float) -> None:
         """Show numbers in the progress line and keep the latest for the summary. Silent in a replay."""

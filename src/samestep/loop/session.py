@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from samestep.core import checkpoint, wire
 from samestep.core.calls import Calls, line_of_user
@@ -14,7 +17,7 @@ from samestep.core.ledger import Ledger
 from samestep.core.model import Model
 from samestep.core.randomness import seed_evaluation
 from samestep.data.proof import SampleCount
-from samestep.errors import MismatchError, UsageError
+from samestep.errors import MismatchError, SettingsError, UsageError
 from samestep.loop.archive import Archive
 from samestep.loop.feed import Feed
 from samestep.loop.recipe import Keeping, Recipe
@@ -69,10 +72,21 @@ class Session:
             CheckpointError: there is no good one. MismatchError: it is of another recipe.
         """
         if self.keeping.resume is None:
+            if self.keeping.checkpoint is not None and checkpoint.steps_in(self.keeping.checkpoint):
+                raise SettingsError(
+                    f"You set checkpoint={self.keeping.checkpoint!r}, which holds checkpoints of an earlier run. Go on "
+                    f"from them with --resume {self.keeping.checkpoint}, or name another folder."
+                )
             return
         saved, skipped = checkpoint.load_newest(self.keeping.resume)
         for path, reason in skipped:
             self.record.note(f"Checkpoint {path} was skipped: {reason}")
+        for name, value in _environment().items():
+            if saved.facts["environment"].get(name) != value:
+                self.record.note(
+                    f"The checkpoint was made with {name} {saved.facts['environment'].get(name)}, here it is {value}: "
+                    f"the bits may differ from those of a run that was never stopped."
+                )
         there, here = saved.facts["recipe"], self.recipe.as_facts()
         differing = [name for name in here if there.get(name) != here[name]]
         if differing:
@@ -119,9 +133,9 @@ class Session:
 
     def feed(self, data: Any, num_samples: int) -> Feed:
         """Return the feed of `data`; the same one whenever the same data is given."""
-        key = tuple(map(id, data)) if isinstance(data, tuple) else id(data)
+        key = _identity(data)
         if key not in self._feeds:
-            self._feeds[key] = Feed(data, num_samples, self.recipe.seed)
+            self._feeds[key] = Feed(data, num_samples, (self.recipe.seed, len(self._feeds)))
         return self._feeds[key]
 
     def check_data(self, facts: dict[str, Any]) -> None:
@@ -130,6 +144,13 @@ class Session:
         Raises:
             MismatchError: the data or the batch size changed.
         """
+        if not self.replaying:
+            for rank, (theirs, _) in enumerate(self.calls.meet("run.steps", line_of_user(), facts)):
+                if theirs != facts:
+                    raise MismatchError(
+                        f"Worker {rank} was given other data than worker {self.worker.rank}: {theirs} against {facts}. "
+                        f"Make the data alike on every worker: sort what comes from folders and sets."
+                    )
         there = self.recorded("steps", lambda: facts)
         differing = [f"{k}={there.get(k)!r} there and {facts[k]!r} here" for k in facts if there.get(k) != facts[k]]
         if differing:
@@ -188,6 +209,7 @@ class Session:
         met = self.calls.meet("run.save", line_of_user(), reads)
         facts = {
             "recipe": self.recipe.as_facts(),
+            "environment": _environment(),
             "ledger": self.ledger.to_facts(),
             "made_by": made_by,
             "reads": [total.state_dict() for total in _totals([value for value, _ in met])],
@@ -222,12 +244,14 @@ class Session:
         reads = _totals([p["reads"] for p in parts])
         proofs = [feed.proof(read) for feed, read in zip(self._feeds.values(), reads, strict=True)]
         self.model.release()
+        if not all(p.holds for p in proofs):
+            self.record.note("The samples that were read are not those that were due; see the line on samples.")
         return {
             "weights_digest": weights,
             "optimizer_digest": joined_digest((str(i), state_digest(s)) for i, s in enumerate(states)),
             "samples_digest": joined_digest((str(i), p.read.digest) for i, p in enumerate(proofs)),
             "samples_exactly_once": all(p.holds for p in proofs),
-            "samples_sentence": "; ".join(p.in_words() for p in proofs),
+            "samples_sentence": "; ".join(_counted(Counter(p.in_words() for p in proofs))),
             "steps": self.record.num_steps,
             "replicas": self.num_replicas,
             "workers": self.worker.size,
@@ -251,6 +275,29 @@ class Session:
         self._last_save = self.record.num_steps
 
 
+def _environment() -> dict[str, str]:
+    """Return what changes bits besides the recipe."""
+    return {
+        "torch": torch.__version__,
+        "CPU capability": torch.backends.cpu.get_cpu_capability(),
+        "mkldnn": str(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled),
+        "matmul precision": torch.get_float32_matmul_precision(),
+    }
+
+
 def _totals(reads: list[list[dict[str, int]]]) -> list[SampleCount]:
     """Return what all workers read, for each data set."""
     return [sum(map(SampleCount.from_state, column), SampleCount()) for column in zip(*reads, strict=True)]
+
+
+def _identity(data: Any) -> Any:
+    """Return what tells data sets apart: the tensors of a tuple, dict or TensorDataset, or the object itself."""
+    if isinstance(data, torch.utils.data.TensorDataset):
+        return tuple(map(id, data.tensors))
+    if isinstance(data, dict):
+        return tuple((name, id(column)) for name, column in data.items())
+    return tuple(map(id, data)) if isinstance(data, tuple) else id(data)
+
+
+def _counted(sentences: Counter[str]) -> list[str]:
+    return [f"{words} ({count} data sets)" if count > 1 else words for words, count in sentences.items()]

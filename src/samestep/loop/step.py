@@ -45,6 +45,9 @@ class Driver(Protocol):
     def update(self, step: Step, part: Part, choices: Choices) -> Outcome:
         """Make one update for `step`."""
 
+    def read(self, batch: Slice) -> Sequence[Shard | None]:
+        """Return the shards of a batch that were not read ahead."""
+
     def ids(self, batch: Slice, start: int, stop: int) -> np.ndarray:
         """Return the sample ids at positions [start, stop) of the batch's epoch."""
 
@@ -81,6 +84,7 @@ class Step:
         self._outcome: Outcome | None = None
         self._part = Part()
         self._replica: int | None = None
+        self._broken: int | None = None
         self._state = "fresh"
 
     def __iter__(self) -> Iterator[Any]:
@@ -95,6 +99,9 @@ class Step:
                 f"gradients would count twice. Call step.update() after each iteration."
             )
         self._state = "open"
+        if self._shards is None and not self._driver.session.replaying:
+            # The replay ended inside this step: its checkpoint was made before an update of it.
+            self._shards = self._driver.read(self._slice)
         if self._shards is None:
             seed_step(self._seed, self.number)
             self._state = "iterated"
@@ -106,6 +113,7 @@ class Step:
         model, clock = session.model, session.clock
         assert model is not None and self._shards is not None
         self._part = Part()
+        self._broken = None
         for trained in model.trained:
             trained.gradients.begin_pass()
         model.buffers.begin_pass()
@@ -132,7 +140,7 @@ class Step:
         seed_step(self._seed, self.number)
         self._state = "iterated"
 
-    def backward(self, loss: torch.Tensor, count: float | None = None) -> None:
+    def backward(self, loss: torch.Tensor, count: float | None = None, retain_graph: bool = False) -> None:
         """Run backward for this shard; call it inside `for ... in step`.
 
         Args:
@@ -140,6 +148,7 @@ class Step:
                 in a shard add up.
             count: items (tokens) that the loss is the mean of, where shards differ in more than samples; the batch's
                 gradient is then the mean over all items of all calls. In all calls of a step, or in none.
+            retain_graph: keep the graph for another call on it in this shard.
 
         Raises:
             UsageError: called outside a shard, or with something that is no loss.
@@ -159,10 +168,11 @@ class Step:
             return
         self._part.losses.append((self._replica, float(loss.detach()), weight))
         share = weight / (unit_of(self.size) if counted else self.size)
-        if share == 1.0:
-            loss.backward()
-        elif share:
-            loss.backward(torch.full_like(loss, share))
+        try:
+            loss.backward(None if share == 1.0 else torch.full_like(loss, share), retain_graph=retain_graph)
+        except BaseException:
+            self._broken = self._replica
+            raise
 
     def mean(self, **values: Any) -> None:
         """Note numbers of this shard; after `update`, `step.means` holds their weighted means over the batch.
@@ -203,6 +213,11 @@ class Step:
             raise UsageError(
                 f"step.update() at {where}: {why} (step {self.number}). Run `for batch in step: ...` to its end, "
                 f"without break, before step.update()."
+            )
+        if self._broken is not None:
+            raise UsageError(
+                f"step.update() at {where}: backward failed in {self.describe(self._broken)}, so its gradient is "
+                f"incomplete. Let that error end the run; if memory ran out, use more replicas (smaller shards)."
             )
         if clip_norm is not None and not clip_norm > 0:
             raise UsageError(f"You set clip_norm={clip_norm}; it must be above 0.")
@@ -278,7 +293,7 @@ def _as_mean(loss: Any, count: float | None, num_samples: int) -> tuple[torch.Te
             raise UsageError(f"count={count}; it must be 0 or more, and finite.")
     if loss.dim() and loss.numel() != 1:
         if count is None:
-            count = None if tuple(loss.shape) == (num_samples,) else float(loss.numel())
+            count = None if loss.numel() == num_samples else float(loss.numel())
             return loss.float().mean() if loss.element_size() < 4 else loss.mean(), count
         return loss.float().sum() / count if count else loss.float().sum() * 0, count
     loss = loss.reshape(()) if loss.dim() else loss

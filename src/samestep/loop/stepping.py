@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from samestep.agree.synchronous import Outcome, Part
 from samestep.core.randomness import seed_step
+from samestep.core.whole_update import WholeUpdate
 from samestep.data.shard import Shard
 from samestep.data.split import Slice
 from samestep.errors import UsageError
@@ -30,6 +32,8 @@ class Stepping:
         self.session = session
         self._step: Step | None = None
         self._feed: Feed | None = None
+        self._source: Any = None
+        self._reading: Reading | None = None
 
     @property
     def in_shard(self) -> bool:
@@ -39,6 +43,7 @@ class Stepping:
     def walk(self, feed: Feed, source: Any, slices: Iterator[Slice], reading: Reading) -> Iterator[Step]:
         """Yield the steps of `slices`; those that a resumed run has behind it without shards."""
         session, clock = self.session, self.session.clock
+        self._source, self._reading = source, replace(reading, loaders=0)
         while session.replaying:
             batch = next(slices, None)
             if batch is None:
@@ -46,7 +51,7 @@ class Stepping:
                 return
             yield from self._one(feed, batch, None)
             session.after_step(last=False)
-        stream = feed.batches(source, slices, reading)
+        stream = feed.batches(source, slices, reading)  # reads nothing before it is asked
         try:
             while True:
                 begin = time.perf_counter()
@@ -83,6 +88,9 @@ class Stepping:
         before = session.clock.to("update")
         outcome = Outcome(*session.recorded("update", make, choices.where))
         session.clock.to(before)
+        if choices.transform is not None or isinstance(model.trained[index].update, WholeUpdate):
+            # User code ran on the owners alone, and may have drawn random numbers there.
+            seed_step(session.recipe.seed, step.number)
         if scaler is not None:
             _update_scale(scaler, optimizer, outcome.skipped, session.worker.device)
         vars(optimizer)["_opt_called"] = (
@@ -95,6 +103,12 @@ class Stepping:
             session.record.num_steps += 1
             step.count_samples(self._feed)
         return outcome
+
+    def read(self, batch: Slice) -> Sequence[Shard | None]:
+        """Return the shards of a batch that were not read ahead."""
+        assert self._feed is not None and self._reading is not None
+        ((_, shards),) = self._feed.batches(self._source, iter([batch]), self._reading)
+        return self._on_device(shards)
 
     def ids(self, batch: Slice, start: int, stop: int) -> Any:
         """Return the sample ids at positions [start, stop) of the batch's epoch."""

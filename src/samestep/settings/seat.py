@@ -90,6 +90,8 @@ def take_part_in_group(main: Main, asked: Options, audience: Any) -> Any:
     Raises:
         SettingsError: settings clash, with each other or with the launcher's.
     """
+    import torch.distributed
+
     from samestep.core.process_group import ProcessGroup
 
     worker = environment.launched_worker()
@@ -101,7 +103,9 @@ def take_part_in_group(main: Main, asked: Options, audience: Any) -> Any:
     replace(asked, workers=worker.size, device=None).check()
     environment.prepare_running()
     device, staged = _device_of(asked.device, worker.local_rank, environment.num_local_workers())
-    group = ProcessGroup.join(replace(worker, device=device), staged=staged)
+    # A script on its way from DDP may have called init_process_group itself.
+    join = ProcessGroup if torch.distributed.is_initialized() else ProcessGroup.join
+    group = join(replace(worker, device=device), staged=staged)
     try:
         result, facts = play(main, asked, group, audience.reporter(worker.is_first))
     finally:
