@@ -1,6 +1,7 @@
 """Commands in a folder of their own, and what they leave behind."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -41,6 +42,8 @@ class Shell:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # A test run in the background of a shell ignores it, and its children would, too.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def python(self, *arguments):

@@ -693,12 +693,12 @@ def test_keep_never_deletes_the_newest_good_one(tmp_path):
     assert keep(tmp_path, 1) == [] and len(names_in(tmp_path)) == 2
 
 
-def test_keep_trusts_only_what_it_keeps(tmp_path, monkeypatch):
+def test_keep_never_deletes_what_was_just_written(tmp_path, monkeypatch):
     first, second, third = (write_step(tmp_path, step) for step in (1, 2, 3))
     (third / WEIGHTS).unlink()
-    assert keep(tmp_path, 1, trusted=first) == [first] and second.exists()
+    assert keep(tmp_path, 1, trusted=first) == [] and first.exists() and second.exists()
     monkeypatch.setattr(checkpoint, "verify", lambda path: pytest.fail("it was read, though trusted"))
-    assert keep(tmp_path, 1, trusted=third) == [second]
+    assert keep(tmp_path, 1, trusted=third) == [first, second]
 
 
 def test_a_deletion_that_fails_leaves_no_torn_step(tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ def assert_each_exactly_once(
     shards_of_step: dict[int, list] = {}
     total, orders = SampleCount(), []
     for rank in range(num_workers):
-        feed = Feed(data, num_samples, 3)
+        feed = Feed(data, num_samples, (3, 0))
         feed.use_shuffle(shuffle)
         worker = Worker(rank=rank, size=num_workers)
         reading = Reading(seed=3, shuffle=shuffle, num_replicas=num_replicas, worker=worker, loaders=0)
@@ -87,11 +87,12 @@ def test_whole_runs(num_samples, batch_size, replicas, workers):
 
 
 def test_epochs_have_orders_of_their_own():
-    feed = Feed(None, 50, 3)
+    feed = Feed(None, 50, (3, 0))
     orders = [tuple(feed.order(epoch).ids(0, 50)) for epoch in range(6)]
     assert len(set(orders)) == 6
-    assert tuple(Feed(None, 50, 4).order(0).ids(0, 50)) != orders[0]
-    assert tuple(Feed(None, 50, 3).order(5).ids(0, 50)) == orders[5]
+    assert tuple(Feed(None, 50, (4, 0)).order(0).ids(0, 50)) != orders[0]
+    assert tuple(Feed(None, 50, (3, 1)).order(0).ids(0, 50)) != orders[0]
+    assert tuple(Feed(None, 50, (3, 0)).order(5).ids(0, 50)) == orders[5]
 
 
 def test_last_batch_may_be_dropped():

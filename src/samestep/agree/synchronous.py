@@ -124,7 +124,8 @@ class LiveSynchronous:
         """
         trained = self._model.trained[request.optimizer]
         presence = trained.gradients.presence()
-        optimizer = request.optimizer, fingerprint(trained.optimizer)
+        alone = self._group.worker.size == 1
+        optimizer = request.optimizer, 0 if alone else fingerprint(trained.optimizer)
         terms = [*optimizer, request.clip_norm, request.scale, request.transform is not None]
         terms += [request.seeds[1], request.num_samples]
         value = [terms, part.losses, part.counted, list(part.samples.items()), part.means, part.changed]

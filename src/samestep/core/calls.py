@@ -16,6 +16,7 @@ from samestep.core.clock import Clock
 from samestep.core.group import Group
 from samestep.errors import MismatchError
 
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 _OWN_FOLDER = str(Path(__file__).resolve().parent.parent)
 
 
@@ -55,7 +56,7 @@ class Calls:
         self.number += 1
         if self._group.worker.size == 1:
             return [(value, frame)]
-        head = json.dumps([self.number, kind, where, value], separators=(",", ":")).encode()
+        head = _encode([self.number, kind, where, value]).encode()
         before = self._clock.to("wait")
         replies = self._group.exchange(b"%d;%b%b" % (len(head), head, frame))
         self._clock.to(before)

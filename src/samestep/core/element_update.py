@@ -58,7 +58,7 @@ class ElementUpdate(Update):
     def notice(self) -> Any:
         fresh = False
         if self._states is None:
-            self._states = [(self._twin.state[shadow], self._known[piece]) for piece, shadow in self._each()]
+            self._states = [(self._twin.state[shadow], self._known[piece]) for piece, shadow in self._pairs]
         for state, known in self._states:
             if len(state) == len(known) and all(map(operator.is_, state.values(), known.values())):
                 continue
@@ -88,7 +88,7 @@ class ElementUpdate(Update):
             }
         mine = {
             (piece.parameter, piece.start): dict(self._twin.state[shadow])
-            for piece, shadow in self._each()
+            for piece, shadow in self._pairs
             if self._twin.state.get(shadow)
         }
         parts: dict[int, dict[int, dict]] = {}
@@ -102,7 +102,7 @@ class ElementUpdate(Update):
         self._states = None
         self._places.clear()
         self._optimizer.state.clear()
-        for piece, shadow in self._each():
+        for piece, shadow in self._pairs:
             self._known[piece] = {}
             for key, value in state.get(piece.parameter, {}).items():
                 self._twin.state[shadow][key] = self._part(piece, value)
@@ -135,19 +135,16 @@ class ElementUpdate(Update):
             groups.setdefault(number, {"params": []})["params"].append(shadow)
         return sorted(groups.items())
 
-    def _each(self) -> list[tuple[Piece, torch.Tensor]]:
-        return self._pairs
-
     def _place(self) -> None:
         """Move state that has no place yet into the group's memory. Collective."""
         wanted: dict[Slot, Description] = {}
-        for piece, shadow in self._each():
+        for piece, shadow in self._pairs:
             for key, value in self._twin.state.get(shadow, {}).items():
                 if key not in self._known[piece]:
                     wanted[piece.parameter, key] = self._description(piece, value)
         slots = agree_on(self._group, wanted)
         places = make_places(self._group, slots)
-        for piece, shadow in self._each():
+        for piece, shadow in self._pairs:
             state = self._twin.state.get(shadow, {})
             for key, value in list(state.items()):
                 if (piece.parameter, key) in places and key not in self._known[piece]:

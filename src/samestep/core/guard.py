@@ -23,7 +23,8 @@ class Guard:
     def __init__(self, modules: Sequence[torch.nn.Module], weights: Sequence[Weights], rank: int):
         """Watch `weights`; the places in `modules` where a parameter hangs are watched too."""
         self._named = [(name, p) for w in weights for name, p in zip(w.names, w.parameters, strict=True)]
-        self._addresses = [p.data_ptr() for _, p in self._named]
+        self._parameters = [p for _, p in self._named]
+        self._addresses = [p.data_ptr() for p in self._parameters]
         watched = {id(p): name for name, p in self._named}
         self._hooks = [
             (owner._parameters, key, p, watched[id(p)])
@@ -37,13 +38,13 @@ class Guard:
 
     def accept(self) -> None:
         """Take the weights as they are now."""
-        self._versions = [p._version for _, p in self._named]
+        self._versions = [p._version for p in self._parameters]
         for samples in self._samples:
             samples.take()
 
     def accept_update(self) -> None:
         """Take the weights after an update, and let autograd know that they changed."""
-        torch.autograd.graph.increment_version([p for _, p in self._named])
+        torch.autograd.graph.increment_version(self._parameters)
         self.accept()
 
     def check(self) -> None:
@@ -55,11 +56,13 @@ class Guard:
         for place, key, parameter, name in self._hooks:
             if place.get(key) is not parameter:
                 raise EditedWeightsError(f"{name!r} was replaced by another object after run.replicate. {_ADVICE}")
-        for (name, parameter), address, version in zip(self._named, self._addresses, self._versions, strict=True):
-            if parameter.data_ptr() != address:
-                raise EditedWeightsError(f"The memory of {name!r} was replaced after run.replicate. {_ADVICE}")
-            if parameter._version != version:
-                raise EditedWeightsError(f"{name!r} was edited in place outside update. {_ADVICE}")
+        # Compared as lists first: this runs in every step, for every parameter.
+        if [p.data_ptr() for p in self._parameters] != self._addresses:
+            name = next(n for (n, p), a in zip(self._named, self._addresses, strict=True) if p.data_ptr() != a)
+            raise EditedWeightsError(f"The memory of {name!r} was replaced after run.replicate. {_ADVICE}")
+        if [p._version for p in self._parameters] != self._versions:
+            name = next(n for (n, p), v in zip(self._named, self._versions, strict=True) if p._version != v)
+            raise EditedWeightsError(f"{name!r} was edited in place outside update. {_ADVICE}")
         for samples in self._samples:
             samples.check()
 

@@ -15,6 +15,7 @@ import torch
 
 _ALIGNMENT = 64
 _MARK = "$"
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def pack(value: Any) -> bytes:
@@ -28,7 +29,7 @@ def pack(value: Any) -> bytes:
         TypeError: it holds something else; the message names where.
     """
     blobs: list[torch.Tensor] = []
-    text = json.dumps(to_json(value, blobs, "value"), separators=(",", ":")).encode()
+    text = _encode(to_json(value, blobs, "value")).encode()
     out = bytearray(len(text).to_bytes(8, "little") + text)
     for blob in blobs:
         out += bytes(-len(out) % _ALIGNMENT)
