@@ -1,6 +1,6 @@
 """samestep against plain DDP over gloo, and against one process with all threads: same work, in turn, several rounds.
 
-    python benchmarks/compare.py                             everything, below 10 minutes on two quiet cores
+    python benchmarks/compare.py                             everything; took 13 minutes on two cores
     python benchmarks/compare.py --quick                     one short round
     python benchmarks/compare.py --parts steps --workloads mlp --rounds 9
     python benchmarks/compare.py --store docs/measured/compare.md

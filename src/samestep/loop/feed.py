@@ -128,6 +128,7 @@ class Feed:
     def restore(self, read: SampleCount) -> None:
         """Set what was read before a resume."""
         self._uncounted.clear()
+        self._num_uncounted = 0
         self._read = read
 
     def _count(self, epoch: int) -> None:

@@ -93,9 +93,8 @@ class Stepping:
             seed_step(session.recipe.seed, step.number)
         if scaler is not None:
             _update_scale(scaler, optimizer, outcome.skipped, session.worker.device)
-        vars(optimizer)["_opt_called"] = (
-            True  # what a scheduler looks at before it warns that the optimizer never stepped
-        )
+        # What a scheduler looks at before it warns that the optimizer never stepped.
+        vars(optimizer)["_opt_called"] = True
         for hook in _user_hooks(optimizer._optimizer_step_post_hooks):
             hook(optimizer, (), {})
         if step.pass_ == 0:
