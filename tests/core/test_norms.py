@@ -4,8 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from samestep.core import norms
 from samestep.core.layout import GRANULE
-from samestep.core.norms import block_squares
+
+
+def block_squares(flats):
+    return norms.block_squares(lambda: [flats])
 
 
 @pytest.mark.parametrize("length", [1, 7, 1023, 1024, 1025, GRANULE, GRANULE + 5, 3 * GRANULE + 2048])

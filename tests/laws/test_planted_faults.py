@@ -340,11 +340,14 @@ def samples_for_words(old):
 
 
 def norm_of_squares(old):
-    return lambda flats: [blocks * 2 for blocks in old(flats)]
+    return lambda read: [blocks * 2 for blocks in old(read)]
 
 
 def whole_runs(old):
-    return lambda flats: [np.array([float(torch.linalg.vector_norm(f, dtype=torch.float64)) ** 2]) for f in flats]
+    def whole(flat):
+        return np.array([float(torch.linalg.vector_norm(flat, dtype=torch.float64)) ** 2])
+
+    return lambda read: [whole(flat) for flats in read() for flat in flats]
 
 
 def batches_weigh_alike(old):

@@ -12,7 +12,7 @@ The hops of a step, numbered as in `samestep.core`:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from samestep.core.calls import Calls
 from samestep.core.clock import Clock
 from samestep.core.fold import Absent
 from samestep.core.group import Group
+from samestep.core.layout import Piece
 from samestep.core.model import Model, Trained
 from samestep.core.norms import block_squares
 from samestep.core.optimizers import fingerprint, settings_of
@@ -277,18 +278,27 @@ class LiveSynchronous:
     def _norm(self, trained: Trained, absent: Absent, factor: float, ready: dict[int, torch.Tensor] | None) -> float:
         """Return the global norm: squares per tensor over fixed blocks, added in float64 in parameter order."""
         rank = self._group.worker.rank
-        squares: list[tuple[int, np.ndarray]] = []
-        # Backwards: the update goes forwards, and finds what was read last still in the cache.
-        for index, chunk in reversed(list(enumerate(trained.weights.layout.chunks[rank]))):
-            if ready is not None:
-                sums = [ready[p.parameter][p.start : p.stop] if p.parameter in ready else None for p in chunk]
-            else:
-                sums = trained.sums.chunk(index, absent, 1.0)
-            present = [(p.parameter, flat) for p, flat in zip(chunk, sums, strict=True) if flat is not None]
-            blocks = block_squares([flat for _, flat in present])
-            squares[:0] = [(parameter, block) for (parameter, _), block in zip(present, blocks, strict=True)]
-        values = np.concatenate([s for _, s in squares]) if squares else np.empty(0)
-        owners = np.concatenate([np.full(len(s), i) for i, s in squares]) if squares else np.empty(0)
+        chunks = trained.weights.layout.chunks[rank]
+        pieces: list[Piece] = []
+
+        def read() -> Iterator[list[torch.Tensor]]:
+            pieces.clear()
+            # Backwards: the update goes forwards, and finds what was read last still in the cache.
+            for index in reversed(range(len(chunks))):
+                if ready is not None:
+                    sums = [
+                        ready[p.parameter][p.start : p.stop] if p.parameter in ready else None for p in chunks[index]
+                    ]
+                else:
+                    sums = trained.sums.chunk(index, absent, 1.0)
+                present = [(p, flat) for p, flat in zip(chunks[index], sums, strict=True) if flat is not None]
+                pieces.extend(p for p, _ in present)
+                yield [flat for _, flat in present]
+
+        squares = block_squares(read)
+        order = sorted(range(len(pieces)), key=lambda i: (pieces[i].parameter, pieces[i].start))
+        values = np.concatenate([squares[i] for i in order]) if order else np.empty(0)
+        owners = np.repeat([float(pieces[i].parameter) for i in order], [len(squares[i]) for i in order])
         frame = values.astype("<f8").tobytes() + owners.astype("<f8").tobytes()
         met = self._calls.meet("step.update (norm)", "", None, frame)
         self._clock.to("update")

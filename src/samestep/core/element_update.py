@@ -8,12 +8,13 @@ that every worker sees: full tensors in `optimizer.state[parameter]`, of which e
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from samestep.core import wire
+from samestep.core.fused_adam import FusedAdam, fits
 from samestep.core.group import Group
 from samestep.core.layout import Piece
 from samestep.core.memory import give_back
@@ -42,6 +43,8 @@ class ElementUpdate(Update):
         self._known: dict[Piece, dict[str, torch.Tensor]] = {piece: {} for chunk in chunks for piece in chunk}
         self._places: dict[Slot, torch.Tensor] = {}
         self._states: list[tuple[dict, dict]] | None = None
+        self._fused: list[FusedAdam | None] | None = None
+        self._bare_step = _without_hooks(type(self._twin).step)
         if optimizer.state:
             self.load({i: dict(optimizer.state[p]) for i, p in enumerate(weights.parameters) if optimizer.state.get(p)})
 
@@ -74,6 +77,10 @@ class ElementUpdate(Update):
     def settle(self, notices: Sequence[Any]) -> None:
         if any(n is not None for n in notices):
             self._place()
+        if self._fused is None and fits(self._optimizer):
+            # Where a chunk holds parameters of two groups, or some have no state yet, `step` does it.
+            pairs = zip(self._shadows, self._groups, strict=True)
+            self._fused = [FusedAdam.of(s, self._twin.state) if len(g) == 1 else None for s, g in pairs]
 
     def was_cleared(self) -> bool:
         return bool(self._places) and not self._optimizer.state
@@ -99,7 +106,7 @@ class ElementUpdate(Update):
 
     def load(self, state: State) -> None:
         self._twin.state.clear()
-        self._states = None
+        self._states = self._fused = None
         self._places.clear()
         self._optimizer.state.clear()
         for piece, shadow in self._pairs:
@@ -115,6 +122,10 @@ class ElementUpdate(Update):
         return flat.reshape(()) if self._weights.views[piece.parameter].dim() == 0 else flat
 
     def _step(self, index: int, gradients: Sequence[torch.Tensor | None], shadows: Sequence[torch.Tensor]) -> None:
+        fused = self._fused[index] if self._fused is not None else None
+        if fused is not None and fits(self._optimizer) and all(map(_suits, gradients, shadows)):
+            fused.step(self._optimizer, self._optimizer.param_groups[self._groups[index][0][0]], list(gradients))
+            return
         for shadow, gradient in zip(shadows, gradients, strict=True):
             if gradient is not None and gradient.dtype != shadow.dtype:
                 gradient = gradient.to(shadow.dtype)
@@ -126,7 +137,7 @@ class ElementUpdate(Update):
             settings.update(self._optimizer.param_groups[number])
             settings["params"] = params
         self._twin.param_groups = [settings for _, settings in self._groups[index]]
-        self._twin.step()
+        self._bare_step(self._twin)
 
     def _group_by_settings(self, pieces: Sequence[Piece], shadows: Sequence[torch.Tensor]) -> list[tuple[int, dict]]:
         groups: dict[int, dict] = {}
@@ -137,6 +148,7 @@ class ElementUpdate(Update):
 
     def _place(self) -> None:
         """Move state that has no place yet into the group's memory. Collective."""
+        self._fused = None
         wanted: dict[Slot, Description] = {}
         for piece, shadow in self._pairs:
             for key, value in self._twin.state.get(shadow, {}).items():
@@ -195,6 +207,15 @@ class ElementUpdate(Update):
             _flat(joined, 0, whole.numel()).copy_(torch.cat([parts[start][key] for start in sorted(parts)]))
             state[key] = joined
         return state
+
+
+def _suits(gradient: torch.Tensor | None, shadow: torch.Tensor) -> bool:
+    return gradient is not None and gradient.dtype == shadow.dtype and gradient.dim() == shadow.dim()
+
+
+def _without_hooks(step: Callable) -> Callable:
+    """Return an optimizer's `step` without torch's wrapper, which profiles it and calls hooks, each time."""
+    return step.__wrapped__ if getattr(step, "hooked", False) and hasattr(step, "__wrapped__") else step
 
 
 def _flat(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:

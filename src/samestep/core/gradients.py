@@ -28,7 +28,7 @@ class _Sums:
 
     __slots__ = ("arrivals", "dtype", "full", "gradients", "hook", "mode", "name", "parameter", "places", "stride")
 
-    def __init__(self, gradients: Gradients, name: str, parameter: torch.nn.Parameter, places: list | None, many: bool):
+    def __init__(self, gradients: Gradients, name: str, parameter: torch.nn.Parameter, places: dict, many: bool):
         self.gradients = gradients
         self.name = name
         self.parameter = parameter
@@ -76,7 +76,7 @@ class _Sums:
         held = self.full[buffer]
         if held is not None:
             held.add_(gradient)
-        elif self.places is not None:
+        elif buffer in self.places:
             self.full[buffer] = self.places[buffer].copy_(gradient)
         else:
             self.full[buffer] = self._own(gradient)
@@ -109,7 +109,8 @@ class Gradients:
         Args:
             weights: the parameters.
             script: the folding order of this worker's leaves.
-            area: where sums are kept; None for a lone worker, which then keeps autograd's own tensors.
+            area: where nodes are kept, one buffer each; None for a lone worker. Other sums stay in autograd's own
+                tensors, which saves a copy.
             many: treat every parameter as one whose gradient arrives several times per shard.
         """
         self.script = script
@@ -117,10 +118,11 @@ class Gradients:
         self.num_folded = 0
         self._sums: list[_Sums] = []
         for name, parameter, offset in zip(weights.names, weights.parameters, weights.layout.sum_offsets, strict=True):
-            places = None
+            places = {}
             if area is not None:
                 dtype = sum_dtype(parameter.dtype)
-                places = [placed(buffer, offset, parameter.data, dtype) for buffer in area.mine]
+                buffers = zip(script.node_buffers, area.mine, strict=True)
+                places = {number: placed(memory, offset, parameter.data, dtype) for number, memory in buffers}
             self._sums.append(_Sums(self, name, parameter, places, many))
         self._num_trainable = 0
         self._before = 0

@@ -81,8 +81,8 @@ class Trained:
         self.num_nodes = [len(s.nodes) for s in scripts]
         self.area_bytes = sum(s.num_buffers for s in scripts) * layout.sum_bytes
         if size > 1:
-            buffers = [s.num_buffers for s in scripts]
-            area = group.gradient_area(layout.sum_bytes, buffers, [s.node_buffers for s in scripts], layout.sum_runs)
+            nodes = [range(count) for count in self.num_nodes]
+            area = group.gradient_area(layout.sum_bytes, self.num_nodes, nodes, layout.sum_runs)
         self.gradients = Gradients(self.weights, script, area, options.many_arrivals)
         if area is None:
             self.sums: Fold | HeldFold = HeldFold(layout.chunks[0], self.gradients.held)

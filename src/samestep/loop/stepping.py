@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from samestep.agree.synchronous import Outcome, Part
 from samestep.core.randomness import seed_step
@@ -83,7 +84,7 @@ class Stepping:
             made = session.agreed.update(step.request(index, choices), part)
             return [made.loss, made.grad_norm, made.means, made.skipped]
 
-        for hook in _user_hooks(optimizer._optimizer_step_pre_hooks):
+        for hook in _user_hooks(_global_optimizer_pre_hooks, optimizer._optimizer_step_pre_hooks):
             hook(optimizer, (), {})
         before = session.clock.to("update")
         outcome = Outcome(*session.recorded("update", make, choices.where))
@@ -95,7 +96,7 @@ class Stepping:
             _update_scale(scaler, optimizer, outcome.skipped, session.worker.device)
         # What a scheduler looks at before it warns that the optimizer never stepped.
         vars(optimizer)["_opt_called"] = True
-        for hook in _user_hooks(optimizer._optimizer_step_post_hooks):
+        for hook in _user_hooks(optimizer._optimizer_step_post_hooks, _global_optimizer_post_hooks):
             hook(optimizer, (), {})
         if step.pass_ == 0:
             # Here, not when the step ends: a loop may be left by `break` after its update.
@@ -160,6 +161,6 @@ def _require_registered(scaler: Any, others: Sequence[Any]) -> None:
         raise UsageError("Give the GradScaler to run.replicate(model, optimizer, scaler), so that it is saved too.")
 
 
-def _user_hooks(hooks: Mapping[int, Callable]) -> list[Callable]:
-    """Return the step hooks that the user registered on an optimizer, without ours."""
-    return [hook for hook in hooks.values() if hook.__module__ != "samestep.core.model"]
+def _user_hooks(*hooks: Mapping[int, Callable]) -> list[Callable]:
+    """Return the step hooks that the user registered, on an optimizer and on all, without ours."""
+    return [hook for some in hooks for hook in some.values() if hook.__module__ != "samestep.core.model"]

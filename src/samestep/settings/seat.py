@@ -31,10 +31,12 @@ def play(main: Main, options: Options, group: Any, reporter: Any) -> tuple[Any, 
     """
     import torch
 
+    from samestep.core.memory import keep_freed
     from samestep.core.randomness import seed_start
     from samestep.loop.run import Run
     from samestep.loop.session import Session
 
+    keep_freed()
     recipe = options.recipe()
     torch.set_num_threads(recipe.threads)
     session = Session(recipe, options.keeping(), group, reporter)
