@@ -66,7 +66,8 @@ def test_numbers_of_numpy_become_plain_and_the_rest_text(ends):
 
 def test_a_reporter_speaks_the_three_words_a_run_knows(ends):
     sender, receiver = ends
-    reporter = ChannelReporter(sender)
+    called = []
+    reporter = ChannelReporter(sender, lambda: called.append(1))
     reporter.progress({"step": 1})
     reporter.note("a sentence")
     reporter.trace({"step": 1, "loss": 2.0, "tensors": {}})
@@ -75,3 +76,6 @@ def test_a_reporter_speaks_the_three_words_a_run_knows(ends):
         ("note", {"text": "a sentence"}),
         ("trace", {"step": 1, "loss": 2.0, "tensors": {}}),
     ]
+    assert not called
+    reporter.caught_up()
+    assert called, "it acts in this process"

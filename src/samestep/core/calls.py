@@ -36,7 +36,22 @@ class Calls:
     def __init__(self, group: Group, clock: Clock):
         self._group = group
         self._clock = clock
+        self._asked = 0
+        self._heard = 0
         self.number = 0
+
+    def ask(self, request: int) -> None:
+        """Tell all workers, at the next call, that this one wants something (a power of two)."""
+        self._asked |= request
+
+    def heard(self, request: int) -> bool:
+        """Return whether any worker asked for this since it was last heard.
+
+        Told along with every call, so after the same call it is the same on every worker.
+        """
+        found = bool(self._heard & request)
+        self._heard &= ~request
+        return found
 
     def meet(self, kind: str, where: str, value: Any = None, frame: bytes = b"") -> list[tuple[Any, bytes]]:
         """Exchange a value with all workers.
@@ -54,16 +69,19 @@ class Calls:
             MismatchError: another worker is at another call.
         """
         self.number += 1
+        asked, self._asked = self._asked, 0
+        self._heard |= asked
         if self._group.worker.size == 1:
             return [(value, frame)]
-        head = _encode([self.number, kind, where, value]).encode()
+        head = _encode([self.number, kind, where, value, asked]).encode()
         before = self._clock.to("wait")
         replies = self._group.exchange(b"%d;%b%b" % (len(head), head, frame))
         self._clock.to(before)
         met = []
         for rank, reply in enumerate(replies):
             length, _, rest = reply.partition(b";")
-            number, their_kind, their_line, their_value = json.loads(rest[: int(length)])
+            number, their_kind, their_line, their_value, their_asked = json.loads(rest[: int(length)])
+            self._heard |= their_asked
             if (number, their_kind) != (self.number, kind):
                 raise MismatchError(
                     f"Workers are at different calls: worker {self._group.worker.rank} at call {self.number}, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,8 +109,10 @@ def channel() -> tuple[Sender, Receiver]:
 class ChannelReporter:
     """Gives what a run reports to the supervisor. Only the first worker of a run uses it."""
 
-    def __init__(self, sender: Sender):
+    def __init__(self, sender: Sender, caught_up: Callable[[], None]):
+        """Report to the other end of `sender`; `caught_up` is called in this process."""
         self._sender = sender
+        self.caught_up = caught_up
 
     def progress(self, frame: dict[str, Any]) -> None:
         """Tell where the run stands: step, steps, epoch, epochs, loss, samples_per_second, logged."""

@@ -23,7 +23,8 @@ class WorkerContext:
         options: what was set outside the script, as plain facts.
         earlier: results of the launch calls that the caller's process has already made.
         leaves: whether the worker ends after its launch call (the caller's process goes on with the script).
-        muted: what silences the script up to its launch call, where the caller's process has shown that part.
+        muted: what silences the script, where the caller's process or an earlier fleet has shown that part.
+        snapshots: where the run keeps its newest state outside of the workers; None without.
         num_calls: launch calls seen so far.
         num_seated: workers taking part, once the first launch call has decided.
         group: how the seated workers reach each other; made at the first launch call, kept for later ones.
@@ -38,6 +39,7 @@ class WorkerContext:
     earlier: tuple[bytes, ...] = ()
     leaves: bool = False
     muted: Muted | None = None
+    snapshots: Any = None
     num_calls: int = 0
     num_seated: int | None = None
     group: Any = None

@@ -24,6 +24,7 @@ from samestep.launching.context import WorkerContext
 from samestep.launching.failure import SETTINGS_CODE, Failure
 from samestep.launching.leftovers import end_orphans
 from samestep.launching.output import Plumbing, WorkerOutput, keep
+from samestep.launching.restarts import IN_VAIN, Restarts
 from samestep.launching.verdict import Action, Outcome, Verdict
 
 _PATIENCE = 0.5
@@ -53,6 +54,7 @@ class Fleet:
         share: makes what the workers share, given their number; the result has `close()`.
         plumbing: what happens to the first worker's output.
         run_folder: where the others' output goes; None keeps it only after a failure.
+        snapshots: where the newest state is kept; with it, a fleet that loses a worker is started again.
     """
 
     body: zygote.Body
@@ -60,22 +62,33 @@ class Fleet:
     share: Callable[[int], Any] | None = None
     plumbing: Plumbing = field(default_factory=Plumbing)
     run_folder: str | None = None
+    snapshots: Snapshots | None = None
+
+
+class Snapshots(Protocol):
+    """Where a run keeps its newest state outside of the workers."""
+
+    @property
+    def num_calls(self) -> int:
+        """Calls that the run has recorded."""
 
 
 def supervise(fleet: Fleet, num_workers: int, watcher: Watcher) -> Outcome:
     """Start a fleet and return when its last process is gone.
 
-    A script may want more workers than were started before it ran; then it is started again with that many.
+    A script may want more workers than were started before it ran; then it is started again with that many. A fleet
+    that lost a worker is started again from the newest state, unless it is in vain.
 
     Raises:
         SettingsError: this process must not fork.
     """
     zygote.adopt_orphans()
+    restarts = Restarts()
     while True:
-        outcome = _Supervisor(fleet, num_workers, watcher).run()
-        if outcome.wants is None:
+        outcome = _Supervisor(fleet, num_workers, watcher, restarts).run()
+        if outcome.wants is None and not outcome.restarts:
             return outcome
-        num_workers = outcome.wants
+        num_workers = outcome.wants or num_workers
 
 
 class _Member:
@@ -106,9 +119,10 @@ class _Member:
 class _Supervisor:
     """One fleet, from fork to the last exit."""
 
-    def __init__(self, fleet: Fleet, num_workers: int, watcher: Watcher):
+    def __init__(self, fleet: Fleet, num_workers: int, watcher: Watcher, restarts: Restarts):
         self._fleet = fleet
         self._watcher = watcher
+        self._restarts = restarts
         self._num_workers = num_workers
         self._members: list[_Member] = []
         self._selector = selectors.DefaultSelector()
@@ -129,13 +143,27 @@ class _Supervisor:
                     self._watch()
                 finally:
                     self._end_all()
-            return self._with_output(self._verdict.outcome())
+            outcome = self._verdict.outcome()
+            if self._starts_again(outcome):
+                return replace(outcome, restarts=True)
+            if self._restarts.in_vain:
+                text = f"samestep: the last {IN_VAIN} times the run came no further than before, so it has ended."
+                outcome = replace(outcome, message=f"{outcome.message}\n{text}")
+            return self._with_output(outcome)
         finally:
             for member in self._members:
                 member.close()
             self._selector.close()
             if shared is not None:
                 shared.close()
+
+    def _starts_again(self, outcome: Outcome) -> bool:
+        snapshots = self._fleet.snapshots
+        if snapshots is None or outcome.died is None or not self._restarts.allow(snapshots.num_calls):
+            return False
+        text = f"{outcome.died} All workers start again from the newest state."
+        self._watcher.frame(Frame("note", {"text": f"samestep: {text}"}))
+        return True
 
     def _start(self, shared: Any) -> None:
         zygote.check_one_task()

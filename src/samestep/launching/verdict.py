@@ -30,6 +30,8 @@ class Outcome:
         num_workers: workers that were forked.
         has_failed: a worker failed (not: was ended by a signal or by its own sys.exit).
         wants: the run asked to be started again with this many workers; None if it did not.
+        died: where a worker died without an error of its own: a short sentence that says how.
+        restarts: the run starts again.
     """
 
     code: int
@@ -37,6 +39,8 @@ class Outcome:
     num_workers: int
     has_failed: bool = False
     wants: int | None = None
+    died: str | None = None
+    restarts: bool = False
 
 
 class Verdict:
@@ -105,16 +109,18 @@ class Verdict:
         if self._failures:
             cause = next((failure for failure in self._failures if not failure.of_peer), self._failures[0])
             ranks = {f.rank for f in self._failures if f.rank is not None and f.is_same_as(cause)}
-            return self._make(cause.code, cause.text(sorted(ranks)))
+            died = cause.message.partition(":")[0] + "." if not cause.kind and cause is not self._suspicion else None
+            return self._make(cause.code, cause.text(sorted(ranks)), died)
         if self._wants is not None:
             return self._make(0, "")
         return self._make(*(self._exit if self._exit is not None else (0, "")))
 
-    def _make(self, code: int, message: str) -> Outcome:
+    def _make(self, code: int, message: str, died: str | None = None) -> Outcome:
         return Outcome(
             code=code,
             message=message,
             num_workers=self._num_workers,
             has_failed=self.has_failed,
             wants=None if self.has_failed or self._signal is not None else self._wants,
+            died=died,
         )

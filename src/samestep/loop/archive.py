@@ -10,6 +10,7 @@ import torch
 from samestep.core import checkpoint, wire
 from samestep.core.group import Group
 from samestep.core.model import Model
+from samestep.core.snapshot import Snapshots
 from samestep.errors import CheckpointError, MismatchError
 
 
@@ -44,6 +45,16 @@ class Archive:
         if failure:
             raise CheckpointError(failure)
 
+    def snapshot(self, snapshots: Snapshots, step: int, facts: dict[str, Any]) -> None:
+        """Keep the state in memory. Collective; the first worker writes.
+
+        The others need not wait for it: none can update weights before the first comes to the next update.
+        """
+        states = [trained.update.full_state() for trained in self._model.trained]
+        if self._group.worker.is_first:
+            weights, state, model = self._contents(states)
+            snapshots.write(step, weights, state, {**facts, "model": model})
+
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         """Set everything that is registered to what `saved` holds. Collective.
 
@@ -71,6 +82,13 @@ class Archive:
         self._model.guard.accept()
 
     def _write(self, folder: str, step: int, facts: dict[str, Any], keep: int | None, states: list) -> None:
+        weights, state, model = self._contents(states)
+        path = checkpoint.write(folder, step=step, weights=weights, state=state, facts={**facts, "model": model})
+        if keep is not None:
+            checkpoint.keep(folder, keep, trusted=path)
+
+    def _contents(self, states: list) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
+        """Return the weights, the other tensors, and plain values of all that is registered."""
         weights, state = {}, {}
         extras: dict[str, dict[str, Any]] = {}
         for prefix, module in self._model.modules:
@@ -95,10 +113,7 @@ class Archive:
             groups = [{k: v for k, v in g.items() if k != "params"} for g in trained.optimizer.param_groups]
             optimizers.append({"numbers": numbers, "groups": groups, "name": type(trained.optimizer).__name__})
         others = [_portable(other.state_dict()) for other in self._model.others]
-        model = {"optimizers": optimizers, "others": others, "extras": extras}
-        path = checkpoint.write(folder, step=step, weights=weights, state=state, facts={**facts, "model": model})
-        if keep is not None:
-            checkpoint.keep(folder, keep, trusted=path)
+        return weights, state, {"optimizers": optimizers, "others": others, "extras": extras}
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         named = dict(self._model.named_tensors())

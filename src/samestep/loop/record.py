@@ -37,6 +37,10 @@ class Record:
         self.notes: list[str] = []
         self.logged: dict[str, float] = {}
 
+    def caught_up(self) -> None:
+        """Tell that what an earlier fleet has shown is over."""
+        self._reporter.caught_up()
+
     def note(self, text: str) -> None:
         """Keep a sentence for the summary, and tell it now."""
         self.notes.append(text)

@@ -17,6 +17,9 @@ class Reporter(Protocol):
     def trace(self, frame: dict[str, Any]) -> None:
         """Take the digests of one step: step, loss, tensors."""
 
+    def caught_up(self) -> None:
+        """Take note that a run which was interrupted has come to where it was: prints count again."""
+
 
 class Silent:
     """A reporter that drops everything."""
@@ -28,4 +31,7 @@ class Silent:
         """Drop it."""
 
     def trace(self, frame: dict[str, Any]) -> None:
+        """Drop it."""
+
+    def caught_up(self) -> None:
         """Drop it."""

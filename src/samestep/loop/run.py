@@ -92,7 +92,7 @@ class Run:
         session.model = Model(things, session.group, options)
         bound = agree if agree is not None else Synchronous()
         session.agreed = bound.bind(session.model, session.group, session.calls, session.clock)
-        session.resume()
+        session.keeper.resume()
 
     def steps(
         self,
@@ -245,7 +245,7 @@ class Run:
 
     def log(self, **scalars: float) -> None:
         """Show numbers in the progress line and keep the latest for the summary. Silent in a replay."""
-        if not self._session.replaying:
+        if not self._session.silent:
             self._session.record.logged.update({k: float(v) for k, v in scalars.items()})
 
     def digest(self) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from samestep.core import checkpoint, wire
+from samestep.core import wire
 from samestep.core.calls import Calls, line_of_user
 from samestep.core.clock import Clock
 from samestep.core.digest import joined_digest, state_digest, tensors_digest
@@ -16,10 +16,11 @@ from samestep.core.group import Group
 from samestep.core.ledger import Ledger
 from samestep.core.model import Model
 from samestep.core.randomness import seed_evaluation
-from samestep.data.proof import SampleCount
-from samestep.errors import MismatchError, SettingsError, UsageError
+from samestep.core.snapshot import Snapshots
+from samestep.errors import MismatchError, UsageError
 from samestep.loop.archive import Archive
 from samestep.loop.feed import Feed
+from samestep.loop.keeper import Keeper, totals
 from samestep.loop.recipe import Keeping, Recipe
 from samestep.loop.record import Record, combined
 from samestep.loop.reporter import Reporter
@@ -34,6 +35,8 @@ class Session:
 
     Attributes:
         recipe, keeping, group, worker: as given.
+        feeds: of each data set.
+        keeper: writes down the state and brings it back.
         num_replicas: number of replicas.
         clock, calls, ledger, record: see their classes.
         model: None until `run.replicate`.
@@ -41,7 +44,14 @@ class Session:
         num_reseeds: calls so far after which generators were seeded anew.
     """
 
-    def __init__(self, recipe: Recipe, keeping: Keeping, group: Group, reporter: Reporter):
+    def __init__(
+        self,
+        recipe: Recipe,
+        keeping: Keeping,
+        group: Group,
+        reporter: Reporter,
+        snapshots: Snapshots | None = None,
+    ):
         self.recipe = recipe
         self.keeping = keeping
         self.group = group
@@ -54,10 +64,9 @@ class Session:
         self.model: Model | None = None
         self.agreed: Any = None
         self.num_reseeds = 0
-        self._saved: checkpoint.Checkpoint | None = None
-        self._feeds: dict[Any, Feed] = {}
+        self.keeper = Keeper(self, snapshots)
+        self.feeds: dict[Any, Feed] = {}
         self._planned: dict[str, Any] = {}
-        self._last_save = -1
 
     @property
     def archive(self) -> Archive:
@@ -65,48 +74,15 @@ class Session:
         assert self.model is not None
         return Archive(self.model, self.group)
 
-    def resume(self) -> None:
-        """Begin to replay the checkpoint that was asked for, if any.
-
-        Raises:
-            CheckpointError: there is no good one. MismatchError: it is of another recipe.
-        """
-        if self.keeping.resume is None:
-            if self.keeping.checkpoint is not None and checkpoint.steps_in(self.keeping.checkpoint):
-                raise SettingsError(
-                    f"You set checkpoint={self.keeping.checkpoint!r}, which holds checkpoints of an earlier run. Go on "
-                    f"from them with --resume {self.keeping.checkpoint}, or name another folder."
-                )
-            return
-        saved, skipped = checkpoint.load_newest(self.keeping.resume)
-        for path, reason in skipped:
-            self.record.note(f"Checkpoint {path} was skipped: {reason}")
-        for name, value in _environment().items():
-            if saved.facts["environment"].get(name) != value:
-                self.record.note(
-                    f"The checkpoint was made with {name} {saved.facts['environment'].get(name)}, here it is {value}: "
-                    f"the bits may differ from those of a run that was never stopped."
-                )
-        there, here = saved.facts["recipe"], self.recipe.as_facts()
-        differing = [name for name in here if there.get(name) != here[name]]
-        if differing:
-            words = ", ".join(f"{name}={there.get(name)!r} there and {here[name]!r} here" for name in differing)
-            raise MismatchError(
-                f"The checkpoint {saved.path} was made with another recipe: {words}. Results would change. "
-                f"Use the same settings, or start anew in another folder."
-            )
-        self.ledger = Ledger.from_facts(saved.facts["ledger"])
-        self._saved = saved
-        self.group.exchange(b"")
-        if self.worker.is_first:
-            for path, _ in skipped:
-                checkpoint.set_aside(path)
-        self.record.note(f"Resumed from {saved.path}, after step {saved.step}.")
-
     @property
     def replaying(self) -> bool:
         """Whether the script has not yet come to the point where the checkpoint was made."""
-        return self._saved is not None
+        return self.keeper.saved is not None
+
+    @property
+    def silent(self) -> bool:
+        """Whether what happens now was reported before."""
+        return self.keeper.silent
 
     def recorded(self, kind: str, make: Callable[[], Any], where: str | None = None) -> Any:
         """Return what `make` gives, and record it; in a replay, what was recorded.
@@ -117,13 +93,15 @@ class Session:
         where = where if where is not None else line_of_user()
         if self.ledger.replaying:
             return self.ledger.next(kind, where)
-        if self._saved is not None:
+        saved = self.keeper.saved
+        if saved is not None:
             raise MismatchError(
-                f"The script calls run.{kind} at {where} where the checkpoint {self._saved.path} was made: the script "
+                f"The script calls run.{kind} at {where} where the checkpoint {saved.path} was made: the script "
                 f"changed. Restore it, or start anew in another folder."
             )
         value = make()
         self.ledger.append(kind, where, value)
+        self.keeper.took(len(self.ledger))
         return value
 
     def of_first(self, kind: str, make: Callable[[], Any]) -> Any:
@@ -134,9 +112,9 @@ class Session:
     def feed(self, data: Any, num_samples: int) -> Feed:
         """Return the feed of `data`; the same one whenever the same data is given."""
         key = _identity(data)
-        if key not in self._feeds:
-            self._feeds[key] = Feed(data, num_samples, (self.recipe.seed, len(self._feeds)))
-        return self._feeds[key]
+        if key not in self.feeds:
+            self.feeds[key] = Feed(data, num_samples, (self.recipe.seed, len(self.feeds)))
+        return self.feeds[key]
 
     def check_data(self, facts: dict[str, Any]) -> None:
         """Record what the steps are made of; in a replay compare with what was recorded.
@@ -175,7 +153,7 @@ class Session:
 
     def tell(self, step: int, epoch: int, loss: float) -> None:
         """Report a committed step."""
-        if self.replaying:
+        if self.silent:
             return
         self.record.progress({"step": step + 1, "epoch": epoch + 1, "loss": loss, **self._planned})
         if self.keeping.trace is not None:
@@ -185,54 +163,26 @@ class Session:
                 self.calls.meet("run.steps (trace)", "")
                 raise TraceEnded
 
-    def after_step(self, last: bool) -> None:
-        """Write a checkpoint if one is due: every so many steps, and when `run.steps` ends."""
-        if self._saved is not None:
-            if not self.ledger.replaying and self._saved.facts["made_by"] == "after_step":
-                self._restore(self._saved)
-            return
-        folder, every, done = self.keeping.checkpoint, self.keeping.every, self.record.num_steps
-        due = last or (every is not None and done % every == 0)
-        if folder is not None and due and done != self._last_save:
-            self._write(folder, "after_step", self.keeping.keep)
-
     def save(self, folder: str, where: str) -> None:
         """Write the checkpoint that the user asked for. Collective."""
-        if self._saved is not None and not self.ledger.replaying and self._saved.facts["made_by"] == "save":
-            self._restore(self._saved)
+        if self.keeper.reach("save"):
             self.ledger.append("save", where, None)
         else:
-            self.recorded("save", lambda: self._write(folder, "save", None), where)
-
-    def _write(self, folder: str, made_by: str, keep: int | None) -> None:
-        reads = [feed.read.state_dict() for feed in self._feeds.values()]
-        met = self.calls.meet("run.save", line_of_user(), reads)
-        facts = {
-            "recipe": self.recipe.as_facts(),
-            "environment": _environment(),
-            "ledger": self.ledger.to_facts(),
-            "made_by": made_by,
-            "reads": [total.state_dict() for total in _totals([value for value, _ in met])],
-            "elapsed": self.clock.elapsed(),
-        }
-        self.archive.save(folder, self.record.num_steps, facts, keep)
-        if folder == self.keeping.checkpoint:
-            self._last_save = self.record.num_steps
+            self.recorded("save", lambda: self.keeper.write(folder, "save", None), where)
 
     def finish(self, result: Any) -> dict[str, Any]:
         """Return the facts of the summary; on the first worker all of them. Collective."""
         if self.model is None:
             raise UsageError("main ended without run.replicate(...): nothing was trained.")
-        if self._saved is not None and not self.ledger.replaying and self._saved.facts["made_by"] == "finish":
-            self._restore(self._saved)
+        self.keeper.reach("finish")
         self.ledger.check_finished()
-        if self._saved is not None:
-            raise MismatchError(f"The script ended before the point where the checkpoint {self._saved.path} was made.")
-        if self.keeping.checkpoint is not None and self.record.num_steps != self._last_save:
-            self._write(self.keeping.checkpoint, "finish", self.keeping.keep)
+        if self.keeper.saved is not None:
+            saved = self.keeper.saved.path
+            raise MismatchError(f"The script ended before the point where the checkpoint {saved} was made.")
+        self.keeper.at_end()
         weights = tensors_digest(self.model.named_tensors())
         states = [trained.update.full_state() for trained in self.model.trained]
-        mine = {"weights": weights, "reads": [feed.read.state_dict() for feed in self._feeds.values()]}
+        mine = {"weights": weights, "reads": [feed.read.state_dict() for feed in self.feeds.values()]}
         met = self.calls.meet("the end of main", "", {**self.record.facts(), **mine})
         parts = [value for value, _ in met]
         for rank, part in enumerate(parts):
@@ -241,8 +191,8 @@ class Session:
                     f"Worker {rank} ended with other weights than worker 0 ({part['weights']} against "
                     f"{parts[0]['weights']}). Was a module changed by code that depends on the worker?"
                 )
-        reads = _totals([p["reads"] for p in parts])
-        proofs = [feed.proof(read) for feed, read in zip(self._feeds.values(), reads, strict=True)]
+        reads = totals([p["reads"] for p in parts])
+        proofs = [feed.proof(read) for feed, read in zip(self.feeds.values(), reads, strict=True)]
         self.model.release()
         if not all(p.holds for p in proofs):
             self.record.note("The samples that were read are not those that were due; see the line on samples.")
@@ -264,30 +214,6 @@ class Session:
             "notes": self.record.notes,
             **combined(parts),
         }
-
-    def _restore(self, saved: checkpoint.Checkpoint) -> None:
-        """Load the registered state, and what was read before, at the point where it was saved."""
-        self._saved = None
-        self.archive.restore(saved)
-        for feed, read in zip(self._feeds.values(), saved.facts["reads"], strict=True):
-            feed.restore(SampleCount.from_state(read) if self.worker.is_first else SampleCount())
-        self.clock.add(saved.facts["elapsed"])
-        self._last_save = self.record.num_steps
-
-
-def _environment() -> dict[str, str]:
-    """Return what changes bits besides the recipe."""
-    return {
-        "torch": torch.__version__,
-        "CPU capability": torch.backends.cpu.get_cpu_capability(),
-        "mkldnn": str(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled),
-        "matmul precision": torch.get_float32_matmul_precision(),
-    }
-
-
-def _totals(reads: list[list[dict[str, int]]]) -> list[SampleCount]:
-    """Return what all workers read, for each data set."""
-    return [sum(map(SampleCount.from_state, column), SampleCount()) for column in zip(*reads, strict=True)]
 
 
 def _identity(data: Any) -> Any:

@@ -48,10 +48,10 @@ class Stepping:
         while session.replaying:
             batch = next(slices, None)
             if batch is None:
-                session.after_step(last=True)
+                session.keeper.after_step(last=True)
                 return
             yield from self._one(feed, batch, None)
-            session.after_step(last=False)
+            session.keeper.after_step(last=False)
         stream = feed.batches(source, slices, reading)  # reads nothing before it is asked
         try:
             while True:
@@ -64,10 +64,10 @@ class Stepping:
                 batch, shards = loaded
                 yield from self._one(feed, batch, self._on_device(shards))
                 session.record.timed(batch.size, time.perf_counter() - begin)
-                session.after_step(last=False)
+                session.keeper.after_step(last=False)
         finally:
             stream.close()
-        session.after_step(last=True)
+        session.keeper.after_step(last=True)
 
     def update(self, step: Step, part: Part, choices: Choices) -> Outcome:
         """Make one update for `step`, or give what was recorded of it."""

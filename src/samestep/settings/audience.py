@@ -23,12 +23,12 @@ class Audience:
 
     Attributes:
         result: what the user's function returned, packed; None until it has.
-        facts: of each launch call that has finished.
+        facts: of each launch call that has finished, by its number.
     """
 
     def __init__(self, title: str):
         self.result: bytes | None = None
-        self.facts: list[dict[str, Any]] = []
+        self.facts: dict[int, dict[str, Any]] = {}
         self._progress = Progress(title, sys.stderr, is_live=os.isatty(2))
 
     def frame(self, frame: Frame) -> bool:
@@ -41,7 +41,8 @@ class Audience:
             if frame.info["warning"]:
                 self._progress.say(frame.info["warning"])
             self.result = frame.blob
-            self.facts.append(frame.info["facts"])
+            # A run that was started again may finish a call twice.
+            self.facts[frame.info["call"]] = frame.info["facts"]
         return False
 
     def output(self, stream: int, data: bytes) -> None:
@@ -55,10 +56,10 @@ class Audience:
             SettingsError: the file cannot be written.
         """
         self._progress.close()
-        for facts in self.facts:
+        for facts in self.facts.values():
             show(facts, sys.stderr)
         if summary_path is not None and self.facts:
-            store(self.facts[-1], summary_path)
+            store(self.facts[max(self.facts)], summary_path)
 
 
 class TraceAudience:
@@ -118,3 +119,6 @@ class PrintingReporter:
 
     def trace(self, frame: dict[str, Any]) -> None:
         """Drop it: only `samestep verify` asks for it."""
+
+    def caught_up(self) -> None:
+        """Drop it: nothing restarts these workers."""

@@ -232,18 +232,23 @@ def _leave(code: int, message: str) -> NoReturn:
 
 def _fleet(body: zygote.Body, options: Options, plumbing: Plumbing, **context: Any) -> Fleet:
     from samestep.core.arena import Handles
+    from samestep.core.snapshot import Snapshots
 
+    # Its memory has no name and goes with this process. `verify` compares runs: a death is an error there.
+    snapshots = Snapshots() if options.trace is None else None
     return Fleet(
         body=body,
-        context={"options": options.to_dict(), **context},
+        context={"options": options.to_dict(), "snapshots": snapshots, **context},
         share=Handles.create,
         plumbing=plumbing,
         run_folder=options.checkpoint,
+        snapshots=snapshots,
     )
 
 
 def _play_script(program: script.Script, context: WorkerContext) -> None:
     """A worker's life under `samestep run`."""
+    _mute_what_was_shown(context)
     program.place_folder()
     program.run()
     if context.num_calls == 0:
@@ -256,6 +261,7 @@ def _play_script(program: script.Script, context: WorkerContext) -> None:
 def _play_payload(job: payload.Payload, context: WorkerContext) -> None:
     """A worker's life after a launch call in another process."""
     if job.script is None:
+        _mute_what_was_shown(context)
         main = payload.from_value(job.function)
         seat.take_part(context, main, Options.from_dict(job.options))
         return
@@ -267,6 +273,12 @@ def _play_payload(job: payload.Payload, context: WorkerContext) -> None:
         "which your process made. Before launch() the script must do the same each time it runs: look for a condition "
         "on time, input or files."
     )
+
+
+def _mute_what_was_shown(context: WorkerContext) -> None:
+    """Where workers before this one have died, drop what the script prints until it comes to where they were."""
+    if context.snapshots is not None and context.snapshots.num_calls:
+        context.muted = Muted()
 
 
 def _title(program: script.Script | None) -> str:

@@ -17,7 +17,7 @@ Main = Callable[[Any], Any]
 """The user's function; takes the `Run`."""
 
 
-def play(main: Main, options: Options, group: Any, reporter: Any) -> tuple[Any, dict[str, Any]]:
+def play(main: Main, options: Options, group: Any, reporter: Any, snapshots: Any = None) -> tuple[Any, dict[str, Any]]:
     """Call the user's function with a run.
 
     Args:
@@ -25,6 +25,7 @@ def play(main: Main, options: Options, group: Any, reporter: Any) -> tuple[Any, 
         options: complete settings.
         group: how this worker reaches the others.
         reporter: where progress goes.
+        snapshots: where the newest state is kept outside of the workers, or None.
 
     Returns:
         What the function returned, and the facts of the run (complete on the first worker).
@@ -39,7 +40,7 @@ def play(main: Main, options: Options, group: Any, reporter: Any) -> tuple[Any, 
     keep_freed()
     recipe = options.recipe()
     torch.set_num_threads(recipe.threads)
-    session = Session(recipe, options.keeping(), group, reporter)
+    session = Session(recipe, options.keeping(), group, reporter, snapshots)
     seed_start(recipe.seed)
     result = main(Run(session))
     return result, session.finish(result)
@@ -66,16 +67,21 @@ def take_part(context: WorkerContext, main: Main, asked: Options) -> Any:
         context.sender.send("seated", {"num_workers": worker.size, "run_folder": options.checkpoint})
     from samestep.loop.session import TraceEnded
 
-    context.unmute()
+    # Of several launch calls in a script only the first is kept in memory: it is the one that a new fleet comes to.
+    snapshots = context.snapshots if number == len(context.earlier) and options.trace is None else None
+    if snapshots is None or not snapshots.num_calls:
+        context.unmute()
     context.is_playing = True
     try:
-        result, facts = play(main, options, context.group, ChannelReporter(context.sender))
+        reporter = ChannelReporter(context.sender, context.unmute)
+        result, facts = play(main, options, context.group, reporter, snapshots)
     except TraceEnded:
         context.leave()
     context.is_playing = False
     if worker.is_first:
         blob, warning = packed(result) if context.leaves else (b"", "")
-        context.sender.send("finished", {"facts": _with_settings(facts, result, options), "warning": warning}, blob)
+        told = {"call": number, "facts": _with_settings(facts, result, options), "warning": warning}
+        context.sender.send("finished", told, blob)
     if context.leaves:
         context.leave()
     return result

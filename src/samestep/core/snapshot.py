@@ -1,0 +1,134 @@
+"""Snapshots: the newest state of a run, in memory that no worker owns, so that it outlives all of them.
+
+The supervisor makes it before it forks the workers, and holds it. The first worker writes: the same tensors and facts
+as a checkpoint holds. Two memories are written in turn where there is room for both, so that a death while one is
+written leaves the other.
+
+    control: [0] [1] serial number of what is in each memory, 0 while it is written | [2] calls recorded so far
+    memory:  length of the head | head (`wire`) | tensors, each on 64 bytes
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from samestep.core import wire
+from samestep.core.checkpoint import Checkpoint
+from samestep.core.group import align
+from samestep.core.memory import available_bytes
+
+_ROOMY = 8
+"""Both memories are used where they take less than this part of what is free."""
+
+
+class Snapshots:
+    """Room for the newest snapshot of one launch call after the other."""
+
+    def __init__(self) -> None:
+        self._memories = [os.memfd_create(f"samestep-snapshot-{i}", os.MFD_CLOEXEC) for i in range(2)]
+        self._control = mmap.mmap(-1, mmap.PAGESIZE)
+        self._words = memoryview(self._control).cast("q")
+        self._maps: dict[int, mmap.mmap] = {}
+
+    @property
+    def num_calls(self) -> int:
+        """Calls that the run has recorded, over all fleets: a new fleet says again what came before."""
+        return self._words[2]
+
+    @num_calls.setter
+    def num_calls(self, count: int) -> None:
+        self._words[2] = max(self._words[2], count)
+
+    def write(
+        self, step: int, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], facts: dict[str, Any]
+    ) -> int:
+        """Keep a snapshot; the one before stays where there is room.
+
+        Args:
+            step: committed steps.
+            weights: as in a checkpoint.
+            state: as in a checkpoint.
+            facts: plain values.
+
+        Returns:
+            Its bytes.
+        """
+        tensors: dict[tuple, tuple[int, torch.Tensor]] = {}
+        places: list[list] = []
+        end = 0
+        named: dict[str, list] = {"weights": [], "state": []}
+        for role, held in (("weights", weights), ("state", state)):
+            for name, tensor in held.items():
+                same = tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride())
+                if same not in tensors or not tensor.numel():
+                    tensors[same] = len(places), tensor
+                    places.append([wire.name_of(tensor.dtype), list(tensor.shape), end])
+                    end += align(tensor.numel() * tensor.element_size())
+                named[role].append([name, tensors[same][0]])
+        head = wire.pack({"step": step, "facts": facts, "places": places, **named})
+        start = align(8 + len(head))
+        number = self._next(start + end)
+        serial = max(self._words[0], self._words[1]) + 1
+        self._words[number] = 0
+        memory = self._map(number, start + end)
+        memory[: 8 + len(head)] = len(head).to_bytes(8, "little") + head
+        for index, tensor in tensors.values():
+            _place(memory, start, places[index]).copy_(tensor.detach())
+        self._words[number] = serial
+        return start + end
+
+    def newest(self) -> Checkpoint | None:
+        """Return the newest whole snapshot, or None. Its tensors lie in the snapshot's memory: copy them out."""
+        number = 0 if self._words[0] > self._words[1] else 1
+        if not self._words[number]:
+            return None
+        length = os.fstat(self._memories[number]).st_size
+        memory = mmap.mmap(self._memories[number], length)
+        size = int.from_bytes(memory[:8], "little")
+        head = wire.unpack(memory[8 : 8 + size])
+        start = align(8 + size)
+        tensors = [_place(memory, start, place) for place in head["places"]]
+        weights, state = ({name: tensors[i] for name, i in head[role]} for role in ("weights", "state"))
+        return Checkpoint(
+            path=Path("memory"), step=head["step"], weights=weights, state=state, facts=head["facts"], weights_digest=""
+        )
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._words.release()
+        self._control.close()
+        self._maps.clear()
+        for memory in self._memories:
+            os.close(memory)
+
+    def _next(self, num_bytes: int) -> int:
+        """Return which memory to write to."""
+        oldest = 0 if self._words[0] <= self._words[1] else 1
+        left = available_bytes()
+        is_roomy = left is None or _ROOMY * num_bytes < left or os.fstat(self._memories[1]).st_size > 0
+        return oldest if is_roomy else 0
+
+    def _map(self, number: int, num_bytes: int) -> mmap.mmap:
+        memory = self._maps.get(number)
+        if memory is None or len(memory) < num_bytes:
+            os.ftruncate(self._memories[number], -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE)
+            memory = self._maps[number] = mmap.mmap(self._memories[number], 0)
+        return memory
+
+
+def _place(memory: mmap.mmap, start: int, place: list) -> torch.Tensor:
+    """Return the tensor at `place`: (dtype, shape, offset from `start`)."""
+    name, shape, offset = place
+    dtype = wire.dtype_named(name)
+    count = 1
+    for size in shape:
+        count *= size
+    if not count:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=start + offset).view(shape)

@@ -1,0 +1,40 @@
+"""Whether a fleet that lost a worker is started again. Pure: no I/O, no clock."""
+
+from __future__ import annotations
+
+IN_VAIN = 3
+"""Fleets that may die one after the other without one more recorded call than before."""
+
+
+class Restarts:
+    """The deaths of one run.
+
+    Attributes:
+        count: fleets that were started again.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._num_in_vain = 0
+        self._most_calls = 0
+
+    @property
+    def in_vain(self) -> bool:
+        """Whether the last fleets died without getting any further than those before."""
+        return self._num_in_vain >= IN_VAIN
+
+    def allow(self, num_calls: int) -> bool:
+        """Decide after a worker's death.
+
+        Args:
+            num_calls: calls that the run has recorded so far.
+
+        Returns:
+            Whether to start again: not where the last fleets died without getting any further than those before.
+        """
+        self._num_in_vain = 0 if num_calls > self._most_calls else self._num_in_vain + 1
+        self._most_calls = max(self._most_calls, num_calls)
+        if self.in_vain:
+            return False
+        self.count += 1
+        return True

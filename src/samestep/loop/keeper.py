@@ -1,0 +1,228 @@
+"""Keeps the state of a run, in files and in memory, and brings it back.
+
+A run that goes on executes its script again from the first line. The keeper gives the ledger to replay, and loads the
+state at the point of the script where it was kept.
+
+    in files     every so many steps, when `run.steps` ends, when main ends, and where the user asks
+    in memory    about every 0.2 s, so that a fleet which loses a worker starts again where it was
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Protocol
+
+import torch
+
+from samestep.core import checkpoint
+from samestep.core.calls import Calls, line_of_user
+from samestep.core.clock import Clock
+from samestep.core.group import Group
+from samestep.core.ledger import Ledger
+from samestep.core.snapshot import Snapshots
+from samestep.data.proof import SampleCount
+from samestep.errors import MismatchError, SettingsError
+from samestep.loop.archive import Archive
+from samestep.loop.feed import Feed
+from samestep.loop.recipe import Keeping, Recipe
+from samestep.loop.record import Record
+
+_SNAPSHOT = 1
+"""What the first worker asks for."""
+_SNAPSHOT_SECONDS = 0.2
+_SNAPSHOT_SHARE = 100
+"""Snapshots are at least so long apart, and so many times what one takes: about 1 % of the time."""
+
+
+class Kept(Protocol):
+    """What is kept of a run (`Session`)."""
+
+    recipe: Recipe
+    keeping: Keeping
+    group: Group
+    calls: Calls
+    clock: Clock
+    ledger: Ledger
+    record: Record
+    feeds: dict[Any, Feed]
+
+    @property
+    def archive(self) -> Archive:
+        """Saves and restores the model."""
+
+
+class Keeper:
+    """One worker's side of keeping a run."""
+
+    def __init__(self, run: Kept, snapshots: Snapshots | None):
+        """Keep `run`, also in `snapshots` if there are any."""
+        self._run = run
+        self._snapshots = snapshots
+        self._saved: checkpoint.Checkpoint | None = None
+        self._last_write = -1
+        self._snapshot_due = 0.0
+        # Calls that an earlier fleet has made and reported; until then this one is silent.
+        self._num_known = snapshots.num_calls if snapshots is not None else 0
+
+    @property
+    def saved(self) -> checkpoint.Checkpoint | None:
+        """What the run goes on from, until the script has come to the point where it was made."""
+        return self._saved
+
+    @property
+    def silent(self) -> bool:
+        """Whether what happens now was reported before: in a replay, and until a dead fleet's steps are made again."""
+        return self._saved is not None or len(self._run.ledger) < self._num_known
+
+    def resume(self) -> None:
+        """Begin to replay what an earlier fleet left in memory, or the checkpoint that was asked for, if any.
+
+        Raises:
+            CheckpointError: there is no good one. MismatchError: it is of another recipe.
+        """
+        if self._num_known and self._resume_after_death():
+            return
+        run, keeping = self._run, self._run.keeping
+        if keeping.resume is None:
+            if keeping.checkpoint is not None and checkpoint.steps_in(keeping.checkpoint):
+                raise SettingsError(
+                    f"You set checkpoint={keeping.checkpoint!r}, which holds checkpoints of an earlier run. Go on "
+                    f"from them with --resume {keeping.checkpoint}, or name another folder."
+                )
+            return
+        saved, skipped = checkpoint.load_newest(keeping.resume)
+        for path, reason in skipped:
+            run.record.note(f"Checkpoint {path} was skipped: {reason}")
+        for name, value in _environment().items():
+            if saved.facts["environment"].get(name) != value:
+                run.record.note(
+                    f"The checkpoint was made with {name} {saved.facts['environment'].get(name)}, here it is {value}: "
+                    f"the bits may differ from those of a run that was never stopped."
+                )
+        there, here = saved.facts["recipe"], run.recipe.as_facts()
+        differing = [name for name in here if there.get(name) != here[name]]
+        if differing:
+            words = ", ".join(f"{name}={there.get(name)!r} there and {here[name]!r} here" for name in differing)
+            raise MismatchError(
+                f"The checkpoint {saved.path} was made with another recipe: {words}. Results would change. "
+                f"Use the same settings, or start anew in another folder."
+            )
+        self._begin_replay(saved)
+        if run.group.worker.is_first:
+            for path, _ in skipped:
+                checkpoint.set_aside(path)
+        run.record.note(f"Resumed from {saved.path}, after step {saved.step}.")
+
+    def took(self, num_calls: int) -> None:
+        """Take note of how many calls the run has recorded."""
+        if self._snapshots is None or not self._run.group.worker.is_first:
+            return
+        self._snapshots.num_calls = num_calls
+        if num_calls == self._num_known:
+            self._run.record.caught_up()
+
+    def reach(self, made_by: str) -> bool:
+        """Restore the state if the script has come to where it was kept; return whether.
+
+        Args:
+            made_by: what the script is doing: "after_step", "save", "finish".
+        """
+        saved = self._saved
+        if saved is None or self._run.ledger.replaying or saved.facts["made_by"] != made_by:
+            return False
+        self._saved = None
+        self._run.archive.restore(saved)
+        for feed, read in zip(self._run.feeds.values(), saved.facts["reads"], strict=True):
+            feed.restore(SampleCount.from_state(read) if self._run.group.worker.is_first else SampleCount())
+        self._run.clock.add(saved.facts["elapsed"])
+        self._last_write = self._run.record.num_steps
+        if self._num_known and len(self._run.ledger) >= self._num_known:
+            self._run.record.caught_up()
+        return True
+
+    def after_step(self, last: bool) -> None:
+        """Keep the state if it is due: every so many steps, and when `run.steps` ends."""
+        if self._saved is not None:
+            self.reach("after_step")
+            return
+        keeping, done = self._run.keeping, self._run.record.num_steps
+        due = last or (keeping.every is not None and done % keeping.every == 0)
+        if keeping.checkpoint is not None and due and done != self._last_write:
+            self.write(keeping.checkpoint, "after_step", keeping.keep)
+        if self._snapshots is not None:
+            self._snapshot_if_due(self._snapshots)
+
+    def at_end(self) -> None:
+        """Keep the state of a run whose main has ended."""
+        folder = self._run.keeping.checkpoint
+        if folder is not None and self._run.record.num_steps != self._last_write:
+            self.write(folder, "finish", self._run.keeping.keep)
+
+    def write(self, folder: str, made_by: str, keep: int | None) -> None:
+        """Write a checkpoint. Collective.
+
+        Args:
+            folder: where to.
+            made_by: see `reach`.
+            keep: how many checkpoints to keep there, or None for all.
+        """
+        run = self._run
+        run.archive.save(folder, run.record.num_steps, self._facts(made_by, "run.save"), keep)
+        if folder == run.keeping.checkpoint:
+            self._last_write = run.record.num_steps
+
+    def _resume_after_death(self) -> bool:
+        """Begin to replay the newest snapshot, or checkpoint, of a fleet that has died; return whether there is any."""
+        assert self._snapshots is not None
+        saved = self._snapshots.newest()
+        folder = self._run.keeping.checkpoint
+        if saved is None and folder is not None and checkpoint.steps_in(folder):
+            saved, _ = checkpoint.load_newest(folder)
+        if saved is None:
+            return False
+        self._begin_replay(saved)
+        return True
+
+    def _begin_replay(self, saved: checkpoint.Checkpoint) -> None:
+        self._run.ledger = Ledger.from_facts(saved.facts["ledger"])
+        self._saved = saved
+        # None may write, or set files aside, before all have read.
+        self._run.group.exchange(b"")
+
+    def _snapshot_if_due(self, snapshots: Snapshots) -> None:
+        """Keep the state in memory if the first worker asked for it in this step; let it ask for the next step."""
+        run, begin = self._run, time.perf_counter()
+        if run.calls.heard(_SNAPSHOT):
+            run.archive.snapshot(snapshots, run.record.num_steps, self._facts("after_step", "run.steps (snapshot)"))
+            now = time.perf_counter()
+            self._snapshot_due = now + max(_SNAPSHOT_SECONDS, _SNAPSHOT_SHARE * (now - begin))
+        elif run.group.worker.is_first and begin >= self._snapshot_due:
+            run.calls.ask(_SNAPSHOT)
+
+    def _facts(self, made_by: str, kind: str) -> dict[str, Any]:
+        """Return what the run needs to go on, beside the state. Collective."""
+        run = self._run
+        met = run.calls.meet(kind, line_of_user(), [feed.read.state_dict() for feed in run.feeds.values()])
+        return {
+            "recipe": run.recipe.as_facts(),
+            "environment": _environment(),
+            "ledger": run.ledger.to_facts(),
+            "made_by": made_by,
+            "reads": [total.state_dict() for total in totals([value for value, _ in met])],
+            "elapsed": run.clock.elapsed(),
+        }
+
+
+def totals(reads: list[list[dict[str, int]]]) -> list[SampleCount]:
+    """Return what all workers read, for each data set; `reads` holds, per worker, one state of `SampleCount` each."""
+    return [sum(map(SampleCount.from_state, column), SampleCount()) for column in zip(*reads, strict=True)]
+
+
+def _environment() -> dict[str, str]:
+    """Return what changes bits besides the recipe."""
+    return {
+        "torch": torch.__version__,
+        "CPU capability": torch.backends.cpu.get_cpu_capability(),
+        "mkldnn": str(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled),
+        "matmul precision": torch.get_float32_matmul_precision(),
+    }

@@ -1,0 +1,70 @@
+"""The newest state in memory: whole or not there, and readable by a process that did not write it."""
+
+import os
+
+import pytest
+import torch
+
+from samestep.core.snapshot import Snapshots
+
+
+@pytest.fixture
+def snapshots():
+    made = Snapshots()
+    yield made
+    made.close()
+
+
+def keep(snapshots, step):
+    tied = torch.full((3, 2), float(step))
+    weights = {"a": tied, "b": tied, "empty": torch.empty(0), "odd": torch.arange(5, dtype=torch.int16)}
+    state = {"scalar": torch.tensor(step), "half": torch.ones(7, dtype=torch.bfloat16) * step, "wide": tied.t()}
+    return snapshots.write(step, weights, state, {"ledger": b"x" * step, "list": [1, None]})
+
+
+def test_there_is_none_at_first(snapshots):
+    assert snapshots.newest() is None and snapshots.num_calls == 0
+
+
+def test_the_newest_comes_back(snapshots):
+    for step in (1, 2, 300, 4):
+        assert keep(snapshots, step) > 0
+        found = snapshots.newest()
+        assert found.step == step and found.facts == {"ledger": b"x" * step, "list": [1, None]}
+        assert torch.equal(found.weights["a"], torch.full((3, 2), float(step)))
+        assert found.weights["a"].data_ptr() == found.weights["b"].data_ptr()
+        assert found.weights["empty"].shape == (0,) and found.weights["odd"].tolist() == [0, 1, 2, 3, 4]
+        assert found.state["scalar"].item() == step and found.state["scalar"].dim() == 0
+        assert found.state["half"].dtype == torch.bfloat16 and found.state["half"].tolist() == [float(step)] * 7
+        assert torch.equal(found.state["wide"], torch.full((2, 3), float(step)))
+
+
+def test_a_writer_that_dies_leaves_the_one_before(snapshots, monkeypatch):
+    keep(snapshots, 1)
+    pid = os.fork()
+    if pid == 0:
+        monkeypatch.setattr(torch.Tensor, "copy_", lambda *a: os._exit(9))
+        keep(snapshots, 2)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    assert snapshots.newest().step == 1
+
+
+def test_another_process_writes_and_counts(snapshots):
+    pid = os.fork()
+    if pid == 0:
+        keep(snapshots, 5)
+        snapshots.num_calls = 7
+        snapshots.num_calls = 3
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert snapshots.newest().step == 5
+    assert snapshots.num_calls == 7, "it never goes back"
+
+
+def test_without_room_for_two_one_is_used(snapshots, monkeypatch):
+    monkeypatch.setattr("samestep.core.snapshot.available_bytes", lambda: 10)
+    for step in (1, 2, 3):
+        keep(snapshots, step)
+        assert snapshots.newest().step == step
+    assert os.fstat(snapshots._memories[1]).st_size == 0
