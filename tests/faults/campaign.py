@@ -50,8 +50,8 @@ def main(run: Any) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.97)
     run.replicate(model, optimizer, scheduler, average)
-    losses, best, bad = [], 9.0, 0
-    for epoch in range(12):
+    losses, best, bad, epochs = [], 9.0, 0, 0
+    for _ in range(12):
         for step in run.steps((x, y), 24, epochs=1):
             for a, b in step:
                 step.backward(F.cross_entropy(model(a), b))
@@ -62,11 +62,12 @@ def main(run: Any) -> dict[str, Any]:
                     mine.lerp_(theirs, 0.1)
         scheduler.step()
         accuracy = run.mean(lambda batch: (model(batch[0]).argmax(1) == batch[1]).float(), (x, y), 50)
+        epochs += 1
         best, bad = (step.loss, 0) if step.loss < best else (best, bad + 1)
         if bad > 6:
             break
     total = float(sum(p.double().sum() for p in average.parameters()).detach())
-    return {"losses": sum(losses), "best": best, "accuracy": accuracy, "average": total, "epochs": epoch}
+    return {"losses": sum(losses), "best": best, "accuracy": accuracy, "average": total, "epochs": epochs}
 
 
 def body(begun: mmap.mmap, faults: tuple[Fault, ...], options: Any, context: Any) -> None:
