@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from samestep.errors import SamestepError, SettingsError
-from samestep.settings import Options, run_script, verify_script
+from samestep.settings import Options, chaos_script, run_script, verify_script
 
 _SCRIPT_OPTIONS = (
     click.option("--replicas", metavar="R", help="Logical copies of the model (part of the recipe), or 'workers'."),
@@ -74,6 +74,26 @@ def verify(script: str, arguments: tuple[str, ...], workers: str, steps: int, **
             raise SettingsError(f"You set --steps {steps}. Use 1 or more.")
         counts = _counts(workers)
         return report(verify_script(script, arguments, _options({**settings, "trace": steps}), counts)), ""
+
+    _end(act)
+
+
+@main.command()
+@click.argument("script")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.option("--workers", type=int, metavar="N", help="Processes to start; default one per core, at most R.")
+@click.option("--faults", default=20, show_default=True, metavar="N", help="Faults to inject.")
+@click.option("--seed", default=0, show_default=True, metavar="S", help="Seed of when which fault strikes whom.")
+@click.option("--replicas", metavar="R", help="Logical copies of the model (part of the recipe).")
+def chaos(script: str, arguments: tuple[str, ...], faults: int, seed: int, **settings: Any) -> None:
+    """Run SCRIPT undisturbed, then while its workers are killed, and compare every result."""
+
+    def act() -> tuple[int, str]:
+        from samestep.cli.chaos import report
+
+        if faults < 1:
+            raise SettingsError(f"You set --faults {faults}. Use 1 or more.")
+        return report(chaos_script(script, arguments, _options(settings), faults, seed)), ""
 
     _end(act)
 

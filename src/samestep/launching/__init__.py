@@ -6,6 +6,7 @@
     supervisor  the same process afterwards: watches its children until all have ended
     context     what a forked worker knows of itself
     restarts    whether a fleet that lost a worker is started again
+    injector    faults on purpose, for `samestep chaos`
     verdict     how a run ends, decided from what its workers said and how they died
     leftovers   what workers leave behind, ended with the run
     channel     frames from worker to supervisor, and from zygote to caller

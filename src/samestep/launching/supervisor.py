@@ -22,6 +22,7 @@ from samestep.launching import zygote
 from samestep.launching.channel import Frame, channel
 from samestep.launching.context import WorkerContext
 from samestep.launching.failure import SETTINGS_CODE, Failure
+from samestep.launching.injector import Injector
 from samestep.launching.leftovers import end_orphans
 from samestep.launching.output import Plumbing, WorkerOutput, keep
 from samestep.launching.restarts import IN_VAIN, Restarts
@@ -31,6 +32,8 @@ _PATIENCE = 0.5
 """Seconds between SIGTERM and SIGKILL."""
 _GRACE = 2.0
 """Seconds that the others get to do what one worker did: leave with `sys.exit`, or tell why a peer is gone."""
+_POLL = 0.002
+"""Seconds between looks at whether a fault is due."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -55,6 +58,7 @@ class Fleet:
         plumbing: what happens to the first worker's output.
         run_folder: where the others' output goes; None keeps it only after a failure.
         snapshots: where the newest state is kept; with it, a fleet that loses a worker is started again.
+        injector: what strikes the workers on purpose (`samestep chaos`).
     """
 
     body: zygote.Body
@@ -63,6 +67,7 @@ class Fleet:
     plumbing: Plumbing = field(default_factory=Plumbing)
     run_folder: str | None = None
     snapshots: Snapshots | None = None
+    injector: Injector | None = None
 
 
 class Snapshots(Protocol):
@@ -207,7 +212,10 @@ class _Supervisor:
 
     def _watch(self) -> None:
         while any(member.is_alive for member in self._members):
+            self._inject()
             timeout = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+            if self._fleet.injector is not None:
+                timeout = _POLL if timeout is None else min(timeout, _POLL)
             for event, _ in self._selector.select(timeout):
                 event.data()
             while self._signals:
@@ -216,6 +224,17 @@ class _Supervisor:
                 self._do(self._verdict.interrupted(self._signals.pop(0)))
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 self._deadline_passed()
+
+    def _inject(self) -> None:
+        injector = self._fleet.injector
+        if injector is None or self._is_ending:
+            return
+        recovered = injector.poll(time.monotonic(), self._members)
+        if recovered is not None:
+            number, ranks = len(injector.strikes), ", ".join(map(str, recovered.ranks))
+            text = f"Fault {number} of {len(injector.faults)}: {recovered.fault.kind} (worker {ranks}), recovered after"
+            seconds = f"{recovered.recovered_after:.2f} s."
+            self._watcher.frame(Frame("note", {"text": f"{text} {seconds}"}))
 
     def _hear(self, member: _Member) -> None:
         for frame in member.receiver.frames():
@@ -248,6 +267,8 @@ class _Supervisor:
         self._forget(member.pidfd)
         _, status = os.waitpid(member.pid, 0)
         member.is_alive = False
+        if self._fleet.injector is not None:
+            self._fleet.injector.ended(time.monotonic())
         self._hear(member)
         self._forget(member.receiver)
         for stream, pipe in member.output.pipes.items():

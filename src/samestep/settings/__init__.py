@@ -9,7 +9,17 @@ Nothing here imports torch before the environment has been prepared.
 """
 
 from samestep.measure.comparison import SUSPECTS, first_difference
-from samestep.settings.entry import launch, run_script, serve, verify_script
+from samestep.settings.entry import Chaos, chaos_script, launch, run_script, serve, verify_script
 from samestep.settings.options import Options
 
-__all__ = ["SUSPECTS", "Options", "first_difference", "launch", "run_script", "serve", "verify_script"]
+__all__ = [
+    "SUSPECTS",
+    "Chaos",
+    "Options",
+    "chaos_script",
+    "first_difference",
+    "launch",
+    "run_script",
+    "serve",
+    "verify_script",
+]

@@ -49,13 +49,17 @@ class Audience:
         """Take what the first worker printed."""
         self._progress.write(stream, data)
 
+    def close(self) -> None:
+        """Take the progress line away."""
+        self._progress.close()
+
     def end(self, summary_path: str | None = None) -> None:
         """Show the summary of every launch call, and write the last one's facts to a file.
 
         Raises:
             SettingsError: the file cannot be written.
         """
-        self._progress.close()
+        self.close()
         for facts in self.facts.values():
             show(facts, sys.stderr)
         if summary_path is not None and self.facts:

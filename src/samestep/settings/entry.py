@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
+import random
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn
 
 from samestep.errors import SamestepError, SettingsError, UsageError, WorkerError
@@ -119,6 +120,72 @@ def run_script(
         outcome = supervise(fleet, num_workers, audience)
     audience.end(summary_path)
     return outcome.code, outcome.message
+
+
+@dataclass(frozen=True)
+class Chaos:
+    """What came of a run under faults.
+
+    Attributes:
+        code: exit code of the disturbed run.
+        message: what it said at its end.
+        undisturbed, disturbed: facts of the two runs; `disturbed` is None if it did not finish.
+        strikes: the faults that struck.
+    """
+
+    code: int
+    message: str
+    undisturbed: dict[str, Any]
+    disturbed: dict[str, Any] | None
+    strikes: list[Any]
+
+
+def chaos_script(path: str, arguments: Sequence[str], options: Options, num_faults: int, seed: int) -> Chaos:
+    """Run a script undisturbed, then under random faults.
+
+    Args:
+        path: the script.
+        arguments: what it finds in `sys.argv` after its name.
+        options: what the command line set.
+        num_faults: how many faults.
+        seed: of which faults strike whom, and when.
+
+    Raises:
+        SettingsError: settings clash, there is no such script, or it is too short for so many faults.
+        SyntaxError: the script is not Python.
+        WorkerError: the undisturbed run failed.
+    """
+    program = script.Script(path=path, argv=(path, *arguments))
+    program.check()
+    num_workers = options.num_workers(environment.num_cores())
+    environment.prepare()
+    with without_empty_folders():
+        zygote.warm(_WARM)
+        from samestep.launching.injector import Injector, plan
+        from samestep.settings.audience import Audience
+
+        def fleet() -> Fleet:
+            return _fleet(functools.partial(_play_script, program), options, Plumbing(hidden=True))
+
+        calm, undisturbed = Audience(f"{_title(program)} undisturbed"), fleet()
+        outcome = supervise(undisturbed, num_workers, calm)
+        calm.close()
+        if outcome.code or 0 not in calm.facts or undisturbed.snapshots is None:
+            raise WorkerError(f"The run without faults failed, so there is nothing to compare.\n{outcome.message}")
+        facts, num_calls = calm.facts[0], undisturbed.snapshots.num_calls
+        if num_calls <= num_faults:
+            raise SettingsError(
+                f"You set --faults {num_faults}, but the script makes only {num_calls} steps and other recorded calls, "
+                f"and each fault needs one of its own. Use --faults {max(1, num_calls // 2)}, or more steps."
+            )
+        draw, disturbed, audience = random.Random(seed), fleet(), Audience(f"{_title(program)} under faults")
+        assert disturbed.snapshots is not None
+        snapshots = disturbed.snapshots
+        seconds = facts["seconds_total"] / num_calls
+        injector = Injector(plan(num_faults, num_calls, draw), seconds, lambda: snapshots.num_calls, draw)
+        outcome = supervise(replace(disturbed, injector=injector), num_workers, audience)
+        audience.close()
+    return Chaos(outcome.code, outcome.message, facts, audience.facts.get(0), injector.strikes)
 
 
 def verify_script(
