@@ -65,6 +65,6 @@ def test_the_dead_are_left_alone():
 def test_a_plan_has_each_fault_at_a_call_of_its_own(seed):
     faults = plan(20, 50, random.Random(seed))
     calls = [fault.at_call for fault in faults]
-    assert calls == sorted(set(calls)) and len(calls) == 20 and 0 <= calls[0] and calls[-1] < 49
+    assert calls == sorted(set(calls)) and len(calls) == 20 and calls[0] >= 0 and calls[-1] < 49
     assert all(fault.kind in KINDS and 0 <= fault.share < 1 for fault in faults)
     assert faults == plan(20, 50, random.Random(seed))

@@ -154,7 +154,7 @@ class _Supervisor:
             if self._restarts.in_vain:
                 text = f"samestep: the last {IN_VAIN} times the run came no further than before, so it has ended."
                 outcome = replace(outcome, message=f"{outcome.message}\n{text}")
-            return self._with_output(outcome)
+            return _with_output(outcome, [member.output for member in self._members], self._run_folder)
         finally:
             for member in self._members:
                 member.close()
@@ -240,7 +240,7 @@ class _Supervisor:
         for frame in member.receiver.frames():
             self._do(self._take(member, frame))
         if member.receiver.at_end:
-            self._forget(member.receiver)
+            _forget(self._selector, member.receiver)
 
     def _take(self, member: _Member, frame: Frame) -> Action:
         member.told_end |= frame.kind in ("error", "exit", "done", "left")
@@ -261,19 +261,19 @@ class _Supervisor:
         if data:
             self._watcher.output(stream, data)
         else:
-            self._forget(member.output.pipes[stream])
+            _forget(self._selector, member.output.pipes[stream])
 
     def _ended(self, member: _Member) -> None:
-        self._forget(member.pidfd)
+        _forget(self._selector, member.pidfd)
         _, status = os.waitpid(member.pid, 0)
         member.is_alive = False
         if self._fleet.injector is not None:
             self._fleet.injector.ended(time.monotonic())
         self._hear(member)
-        self._forget(member.receiver)
+        _forget(self._selector, member.receiver)
         for stream, pipe in member.output.pipes.items():
             self._show(member, stream)
-            self._forget(pipe)
+            _forget(self._selector, pipe)
         if not self._is_ending:
             self._do(self._verdict.died(member.rank, member.pid, status, member.told_end))
 
@@ -303,19 +303,22 @@ class _Supervisor:
                 member.is_alive = False
         end_orphans(gently=not self._is_ending)
 
-    def _forget(self, source: Any) -> None:
-        with contextlib.suppress(KeyError, ValueError):
-            self._selector.unregister(source)
 
-    def _with_output(self, outcome: Outcome) -> Outcome:
-        has_begun = outcome.code != SETTINGS_CODE
-        if not (outcome.has_failed and has_begun) and self._run_folder is None:
-            return outcome
-        place = keep([member.output for member in self._members], self._run_folder)
-        if place is None or not outcome.has_failed or not has_begun:
-            return outcome
-        note = f"samestep: what the other workers printed is in {place}"
-        return replace(outcome, message=f"{outcome.message}\n{note}")
+def _with_output(outcome: Outcome, outputs: list[WorkerOutput], run_folder: str | None) -> Outcome:
+    """Keep what the other workers printed where that may help, and say where."""
+    has_begun = outcome.code != SETTINGS_CODE
+    if not (outcome.has_failed and has_begun) and run_folder is None:
+        return outcome
+    place = keep(outputs, run_folder)
+    if place is None or not outcome.has_failed or not has_begun:
+        return outcome
+    note = f"samestep: what the other workers printed is in {place}"
+    return replace(outcome, message=f"{outcome.message}\n{note}")
+
+
+def _forget(selector: selectors.BaseSelector, source: Any) -> None:
+    with contextlib.suppress(KeyError, ValueError):
+        selector.unregister(source)
 
 
 @contextlib.contextmanager
