@@ -25,3 +25,16 @@ def test_progress_in_between_counts():
 def test_deaths_before_the_first_call_end_it():
     restarts = Restarts()
     assert [restarts.allow(0) for _ in range(IN_VAIN)] == [True] * (IN_VAIN - 1) + [False]
+
+
+def test_an_error_gets_one_more_try_at_each_place():
+    restarts = Restarts()
+    assert restarts.allow(5, "OSError: gone")
+    assert restarts.allow(6, "OSError: gone"), "another place"
+    assert restarts.allow(6, "OSError: elsewhere")
+    assert not restarts.allow(6, "OSError: elsewhere")
+    assert not restarts.in_vain, "the error itself says enough"
+
+
+def test_an_error_before_the_first_call_is_told_at_once():
+    assert not Restarts().allow(0, "OSError: no such file")

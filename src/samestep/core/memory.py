@@ -14,6 +14,7 @@ from samestep.errors import SettingsError
 from samestep.units import bytes_in_words, count_in_words
 
 _ROOT = Path("/")
+_SHORT = ("can't allocate memory", "not enough memory", "out of memory", "cannot allocate memory")
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _NEVER = -1, -4, -1
 """Of glibc's <malloc.h>."""
 
@@ -67,6 +68,27 @@ def available_bytes(root: Path = _ROOT) -> int | None:
     found = [_kib_field(root / "proc" / "meminfo", "MemAvailable"), *_left_in_groups(root)]
     known = [num_bytes for num_bytes in found if num_bytes is not None]
     return max(0, min(known)) if known else None
+
+
+def shortage_behind(error: BaseException) -> str:
+    """Return a sentence on how much memory there is, if `error` says that it was not enough; else nothing."""
+    said = str(error).lower()
+    if not isinstance(error, MemoryError) and not any(words in said for words in _SHORT):
+        return ""
+    held, left = pss_bytes(), available_bytes()
+    known = [f"this worker holds {_in_words(held)}"] if held is not None else []
+    known += [f"{_in_words(left)} are available"] if left is not None else []
+    return f"memory ran out: {', '.join(known)}. Use more replicas (smaller shards), fewer workers or a smaller model."
+
+
+def num_oom_kills(root: Path = _ROOT) -> int:
+    """Return how often the kernel has killed a process for want of memory: in this container, else on this machine."""
+    for path, field in (("sys/fs/cgroup/memory.events", "oom_kill"), ("proc/vmstat", "oom_kill")):
+        for line in _text(root / path).splitlines():
+            name, _, value = line.partition(" ")
+            if name == field and value.strip().isdigit():
+                return int(value)
+    return 0
 
 
 def check_fits(num_bytes: int, what: str, root: Path = _ROOT) -> None:

@@ -28,6 +28,7 @@ class Failure:
         code: exit code of the run.
         of_samestep: the message is samestep's own, so it stands on its own.
         of_peer: the failure only says that another worker is gone.
+        may_pass: it may not come again: of the operating system, of memory, of a device.
     """
 
     kind: str = ""
@@ -37,6 +38,7 @@ class Failure:
     code: int = 1
     of_samestep: bool = False
     of_peer: bool = False
+    may_pass: bool = False
 
     @classmethod
     def of(cls, error: BaseException, rank: int | None = None, code: int = 1) -> Failure:
@@ -49,17 +51,28 @@ class Failure:
             code=code,
             of_samestep=isinstance(error, SamestepError),
             of_peer=isinstance(error, PeerError),
+            may_pass=_may_pass(error),
         )
 
     @classmethod
-    def of_exit(cls, rank: int, pid: int, status: int) -> Failure:
-        """Describe a worker that ended with wait status `status` and left no error of its own."""
+    def of_exit(cls, rank: int, pid: int, status: int, by_kernel: bool = False) -> Failure:
+        """Describe a worker that ended with wait status `status` and left no error of its own.
+
+        Args:
+            rank, pid, status: which, and how it ended.
+            by_kernel: the kernel killed a process for want of memory meanwhile.
+        """
         if not os.WIFSIGNALED(status):
             return cls(
                 message=f"Worker {rank} (pid {pid}) ended with exit code {os.waitstatus_to_exitcode(status)} and gave "
                 "no reason; something in it called os._exit."
             )
         name = signal.Signals(os.WTERMSIG(status)).name
+        if name == "SIGKILL" and by_kernel:
+            return cls(
+                message=f"Worker {rank} (pid {pid}) was killed by the kernel for want of memory: use more replicas "
+                "(smaller shards), fewer workers or a smaller model."
+            )
         if name == "SIGKILL":
             why = (
                 "if nobody did that by hand, the machine ran out of memory (the kernel's log tells). Use a smaller "
@@ -93,6 +106,15 @@ class Failure:
             where = f" in {_workers_in_words(ranks)}" if ranks else ""
             lines.append(f"samestep: the error above happened{where}; the run has ended.")
         return "\n".join(lines)
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Return whether it is worth while to try again, after an error of the script or of its data."""
+    if isinstance(error, SamestepError):
+        return error.__cause__ is not None and _may_pass(error.__cause__)
+    return isinstance(error, OSError | MemoryError | RuntimeError) and not isinstance(
+        error, NotImplementedError | RecursionError
+    )
 
 
 def _workers_in_words(ranks: list[int]) -> str:

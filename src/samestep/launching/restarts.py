@@ -17,21 +17,29 @@ class Restarts:
         self.count = 0
         self._num_in_vain = 0
         self._most_calls = 0
+        self._last_error: tuple[str, int] | None = None
 
     @property
     def in_vain(self) -> bool:
         """Whether the last fleets died without getting any further than those before."""
         return self._num_in_vain >= IN_VAIN
 
-    def allow(self, num_calls: int) -> bool:
-        """Decide after a worker's death.
+    def allow(self, num_calls: int, error: str = "") -> bool:
+        """Decide after a worker's death, or an error of the script that may pass.
 
         Args:
             num_calls: calls that the run has recorded so far.
+            error: the error; empty after a death.
 
         Returns:
-            Whether to start again: not where the last fleets died without getting any further than those before.
+            Whether to start again: not where the last fleets died without getting any further than those before, nor
+            after an error that has come before the first call, or at the same call twice.
         """
+        if error:
+            again = self._last_error == (error, num_calls)
+            self._last_error = error, num_calls
+            if again or not num_calls:
+                return False
         self._num_in_vain = 0 if num_calls > self._most_calls else self._num_in_vain + 1
         self._most_calls = max(self._most_calls, num_calls)
         if self.in_vain:

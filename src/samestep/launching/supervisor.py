@@ -58,6 +58,7 @@ class Fleet:
         plumbing: what happens to the first worker's output.
         run_folder: where the others' output goes; None keeps it only after a failure.
         snapshots: where the newest state is kept; with it, a fleet that loses a worker is started again.
+        num_oom_kills: tells how often the kernel has killed a process for want of memory.
         injector: what strikes the workers on purpose (`samestep chaos`).
     """
 
@@ -68,6 +69,7 @@ class Fleet:
     run_folder: str | None = None
     snapshots: Snapshots | None = None
     injector: Injector | None = None
+    num_oom_kills: Callable[[], int] = int
 
 
 class Snapshots(Protocol):
@@ -133,6 +135,7 @@ class _Supervisor:
         self._selector = selectors.DefaultSelector()
         self._verdict = Verdict(num_workers)
         self._signals: list[int] = []
+        self._num_oom_kills = fleet.num_oom_kills()
         self._run_folder = fleet.run_folder
         self._is_ending = False
         self._deadline: float | None = None
@@ -151,7 +154,10 @@ class _Supervisor:
             outcome = self._verdict.outcome()
             if self._starts_again(outcome):
                 return replace(outcome, restarts=True)
-            if self._restarts.in_vain:
+            if outcome.error and self._restarts.count:
+                text = "samestep: it came again after a new start, at the same place."
+                outcome = replace(outcome, message=f"{outcome.message}\n{text}")
+            elif self._restarts.in_vain:
                 text = f"samestep: the last {IN_VAIN} times the run came no further than before, so it has ended."
                 outcome = replace(outcome, message=f"{outcome.message}\n{text}")
             return _with_output(outcome, [member.output for member in self._members], self._run_folder)
@@ -164,7 +170,7 @@ class _Supervisor:
 
     def _starts_again(self, outcome: Outcome) -> bool:
         snapshots = self._fleet.snapshots
-        if snapshots is None or outcome.died is None or not self._restarts.allow(snapshots.num_calls):
+        if snapshots is None or outcome.died is None or not self._restarts.allow(snapshots.num_calls, outcome.error):
             return False
         text = f"{outcome.died} All workers start again from the newest state."
         self._watcher.frame(Frame("note", {"text": f"samestep: {text}"}))
@@ -275,7 +281,8 @@ class _Supervisor:
             self._show(member, stream)
             _forget(self._selector, pipe)
         if not self._is_ending:
-            self._do(self._verdict.died(member.rank, member.pid, status, member.told_end))
+            by_kernel = self._fleet.num_oom_kills() > self._num_oom_kills
+            self._do(self._verdict.died(member.rank, member.pid, status, member.told_end, by_kernel))
 
     def _do(self, action: Action) -> None:
         if action is Action.END_SOON and self._deadline is None:

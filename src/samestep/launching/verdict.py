@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -30,7 +30,8 @@ class Outcome:
         num_workers: workers that were forked.
         has_failed: a worker failed (not: was ended by a signal or by its own sys.exit).
         wants: the run asked to be started again with this many workers; None if it did not.
-        died: where a worker died without an error of its own: a short sentence that says how.
+        died: where a worker died, or had an error that may pass: a short sentence that says how.
+        error: the error, where `died` is about one.
         restarts: the run starts again.
     """
 
@@ -40,6 +41,7 @@ class Outcome:
     has_failed: bool = False
     wants: int | None = None
     died: str | None = None
+    error: str = ""
     restarts: bool = False
 
 
@@ -79,11 +81,17 @@ class Verdict:
         )
         return Action.END_SOON
 
-    def died(self, rank: int, pid: int, status: int, told: bool) -> Action:
-        """A worker's process ended with wait status `status`; `told` if it had said that and why."""
+    def died(self, rank: int, pid: int, status: int, told: bool, by_kernel: bool = False) -> Action:
+        """A worker's process ended with wait status `status`.
+
+        Args:
+            rank, pid, status: which, and how it ended.
+            told: it had said that it would, and why.
+            by_kernel: the kernel killed a process for want of memory meanwhile.
+        """
         if told and os.WIFEXITED(status):
             return Action.GO_ON
-        return self.failed(Failure.of_exit(rank, pid, status))
+        return self.failed(Failure.of_exit(rank, pid, status, by_kernel))
 
     def interrupted(self, number: int) -> Action:
         """The supervisor got a signal."""
@@ -109,18 +117,25 @@ class Verdict:
         if self._failures:
             cause = next((failure for failure in self._failures if not failure.of_peer), self._failures[0])
             ranks = {f.rank for f in self._failures if f.rank is not None and f.is_same_as(cause)}
-            died = cause.message.partition(":")[0] + "." if not cause.kind and cause is not self._suspicion else None
-            return self._make(cause.code, cause.text(sorted(ranks)), died)
+            died = _in_short(cause) if cause is not self._suspicion else None
+            ended = self._make(cause.code, cause.text(sorted(ranks)))
+            return replace(ended, died=died, error=f"{cause.kind}: {cause.message}" if cause.kind else "")
         if self._wants is not None:
             return self._make(0, "")
         return self._make(*(self._exit if self._exit is not None else (0, "")))
 
-    def _make(self, code: int, message: str, died: str | None = None) -> Outcome:
+    def _make(self, code: int, message: str) -> Outcome:
         return Outcome(
             code=code,
             message=message,
             num_workers=self._num_workers,
             has_failed=self.has_failed,
             wants=None if self.has_failed or self._signal is not None else self._wants,
-            died=died,
         )
+
+
+def _in_short(cause: Failure) -> str | None:
+    """Say in a sentence why a worker is gone, if the run may go on without what went wrong."""
+    if cause.kind:
+        return f"Worker {cause.rank} had a {cause.kind}: {cause.message}." if cause.may_pass else None
+    return cause.message.partition(":")[0] + "."

@@ -41,6 +41,7 @@ class Session:
         clock, calls, ledger, record: see their classes.
         model: None until `run.replicate`.
         agreed: the live form of how replicas agree; None until then.
+        whereabouts: says in which shard the script left the loop over them; empty if in none.
         num_reseeds: calls so far after which generators were seeded anew.
     """
 
@@ -63,6 +64,7 @@ class Session:
         self.record = Record(group.worker, reporter, self.clock)
         self.model: Model | None = None
         self.agreed: Any = None
+        self.whereabouts: Callable[[], str] = str
         self.num_reseeds = 0
         self.keeper = Keeper(self, snapshots)
         self.feeds: dict[Any, Feed] = {}

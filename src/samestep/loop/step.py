@@ -66,6 +66,7 @@ class Step:
         means: after `update`: weighted mean of each number given to `mean`.
         skipped: after `update(scaler=...)`: whether it was skipped because a gradient overflowed.
         pass_: how many updates this step has made.
+        left_in: the replica in whose shard the loop was left, if it was.
     """
 
     def __init__(self, driver: Driver, slice_: Slice, shards: Sequence[Shard | None] | None):
@@ -85,6 +86,7 @@ class Step:
         self._part = Part()
         self._replica: int | None = None
         self._broken: int | None = None
+        self.left_in: int | None = None
         self._state = "fresh"
 
     def __iter__(self) -> Iterator[Any]:
@@ -130,6 +132,10 @@ class Step:
                 before = clock.to("compute")
                 try:
                     yield shard.batch
+                except GeneratorExit:
+                    # The loop was left inside a shard: by an error, most likely.
+                    self.left_in = replica
+                    raise
                 finally:
                     self._replica = None
                     clock.to(before)

@@ -31,6 +31,7 @@ class Stepping:
 
     def __init__(self, session: Session):
         self.session = session
+        session.whereabouts = self._whereabouts
         self._step: Step | None = None
         self._feed: Feed | None = None
         self._source: Any = None
@@ -40,6 +41,11 @@ class Stepping:
     def in_shard(self) -> bool:
         """Whether the user's code is inside a shard now."""
         return self._step is not None and self._step.in_shard
+
+    def _whereabouts(self) -> str:
+        if self._step is None or self._step.left_in is None:
+            return ""
+        return f"this happened in {self._step.describe(self._step.left_in)}"
 
     def walk(self, feed: Feed, source: Any, slices: Iterator[Slice], reading: Reading) -> Iterator[Step]:
         """Yield the steps of `slices`; those that a resumed run has behind it without shards."""

@@ -299,6 +299,7 @@ def _leave(code: int, message: str) -> NoReturn:
 
 def _fleet(body: zygote.Body, options: Options, plumbing: Plumbing, **context: Any) -> Fleet:
     from samestep.core.arena import Handles
+    from samestep.core.memory import num_oom_kills
     from samestep.core.snapshot import Snapshots
 
     # Its memory has no name and goes with this process. `verify` compares runs: a death is an error there.
@@ -310,6 +311,7 @@ def _fleet(body: zygote.Body, options: Options, plumbing: Plumbing, **context: A
         plumbing=plumbing,
         run_folder=options.checkpoint,
         snapshots=snapshots,
+        num_oom_kills=num_oom_kills,
     )
 
 

@@ -32,7 +32,7 @@ def play(main: Main, options: Options, group: Any, reporter: Any, snapshots: Any
     """
     import torch
 
-    from samestep.core.memory import keep_freed
+    from samestep.core.memory import keep_freed, shortage_behind
     from samestep.core.randomness import seed_start
     from samestep.loop.run import Run
     from samestep.loop.session import Session
@@ -42,7 +42,13 @@ def play(main: Main, options: Options, group: Any, reporter: Any, snapshots: Any
     torch.set_num_threads(recipe.threads)
     session = Session(recipe, options.keeping(), group, reporter, snapshots)
     seed_start(recipe.seed)
-    result = main(Run(session))
+    try:
+        result = main(Run(session))
+    except Exception as error:
+        for note in (session.whereabouts(), shortage_behind(error)):
+            if note:
+                error.add_note(f"samestep: {note}")
+        raise
     return result, session.finish(result)
 
 
