@@ -20,6 +20,7 @@ from samestep.data.proof import SampleCount
 from samestep.errors import MismatchError, SettingsError, UsageError
 from samestep.loop.archive import Archive
 from samestep.loop.feed import Feed
+from samestep.loop.mismatch import Conditions
 from samestep.loop.recipe import Keeping, Recipe
 from samestep.loop.record import Record, combined
 from samestep.loop.reporter import Reporter
@@ -35,7 +36,7 @@ class Session:
     Attributes:
         recipe, keeping, group, worker: as given.
         num_replicas: number of replicas.
-        clock, calls, ledger, record: see their classes.
+        clock, calls, ledger, record, conditions: see their classes.
         model: None until `run.replicate`.
         agreed: the live form of how replicas agree; None until then.
         num_reseeds: calls so far after which generators were seeded anew.
@@ -51,6 +52,7 @@ class Session:
         self.calls = Calls(group, self.clock)
         self.ledger = Ledger()
         self.record = Record(group.worker, reporter, self.clock)
+        self.conditions = Conditions(recipe, keeping, group.worker.device, self.record.note)
         self.model: Model | None = None
         self.agreed: Any = None
         self.num_reseeds = 0
@@ -69,7 +71,7 @@ class Session:
         """Begin to replay the checkpoint that was asked for, if any.
 
         Raises:
-            CheckpointError: there is no good one. MismatchError: it is of another recipe.
+            CheckpointError: there is no good one. MismatchError: see `Conditions.resume`.
         """
         if self.keeping.resume is None:
             if self.keeping.checkpoint is not None and checkpoint.steps_in(self.keeping.checkpoint):
@@ -81,20 +83,7 @@ class Session:
         saved, skipped = checkpoint.load_newest(self.keeping.resume)
         for path, reason in skipped:
             self.record.note(f"Checkpoint {path} was skipped: {reason}")
-        for name, value in _environment().items():
-            if saved.facts["environment"].get(name) != value:
-                self.record.note(
-                    f"The checkpoint was made with {name} {saved.facts['environment'].get(name)}, here it is {value}: "
-                    f"the bits may differ from those of a run that was never stopped."
-                )
-        there, here = saved.facts["recipe"], self.recipe.as_facts()
-        differing = [name for name in here if there.get(name) != here[name]]
-        if differing:
-            words = ", ".join(f"{name}={there.get(name)!r} there and {here[name]!r} here" for name in differing)
-            raise MismatchError(
-                f"The checkpoint {saved.path} was made with another recipe: {words}. Results would change. "
-                f"Use the same settings, or start anew in another folder."
-            )
+        self.conditions.resume(saved)
         self.ledger = Ledger.from_facts(saved.facts["ledger"])
         self._saved = saved
         self.group.exchange(b"")
@@ -142,22 +131,12 @@ class Session:
         """Record what the steps are made of; in a replay compare with what was recorded.
 
         Raises:
-            MismatchError: the data or the batch size changed.
+            MismatchError: see `Conditions.check_worker_data` and `check_recorded_data`.
         """
         if not self.replaying:
             for rank, (theirs, _) in enumerate(self.calls.meet("run.steps", line_of_user(), facts)):
-                if theirs != facts:
-                    raise MismatchError(
-                        f"Worker {rank} was given other data than worker {self.worker.rank}: {theirs} against {facts}. "
-                        f"Make the data alike on every worker: sort what comes from folders and sets."
-                    )
-        there = self.recorded("steps", lambda: facts)
-        differing = [f"{k}={there.get(k)!r} there and {facts[k]!r} here" for k in facts if there.get(k) != facts[k]]
-        if differing:
-            raise MismatchError(
-                f"The checkpoint's run had other data at this call of run.steps: {', '.join(differing)}. "
-                f"Use the same data and batch size, or start anew in another folder."
-            )
+                self.conditions.check_worker_data(rank, theirs, facts)
+        self.conditions.check_recorded_data(self.recorded("steps", lambda: facts), facts)
 
     def plan(self, num_samples: int, batch_size: Any, epochs: int | None, steps: int | None) -> None:
         """Note how long the steps will go on, for progress."""
@@ -208,8 +187,7 @@ class Session:
         reads = [feed.read.state_dict() for feed in self._feeds.values()]
         met = self.calls.meet("run.save", line_of_user(), reads)
         facts = {
-            "recipe": self.recipe.as_facts(),
-            "environment": _environment(),
+            **self.conditions.facts(),
             "ledger": self.ledger.to_facts(),
             "made_by": made_by,
             "reads": [total.state_dict() for total in _totals([value for value, _ in met])],
@@ -273,16 +251,6 @@ class Session:
             feed.restore(SampleCount.from_state(read) if self.worker.is_first else SampleCount())
         self.clock.add(saved.facts["elapsed"])
         self._last_save = self.record.num_steps
-
-
-def _environment() -> dict[str, str]:
-    """Return what changes bits besides the recipe."""
-    return {
-        "torch": torch.__version__,
-        "CPU capability": torch.backends.cpu.get_cpu_capability(),
-        "mkldnn": str(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled),
-        "matmul precision": torch.get_float32_matmul_precision(),
-    }
 
 
 def _totals(reads: list[list[dict[str, int]]]) -> list[SampleCount]:
