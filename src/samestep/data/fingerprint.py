@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from samestep.data.loader import Loader
-from samestep.data.mixing import GOLDEN, mix_one
+from samestep.data.mixing import GOLDEN, MASK, mix_one
 from samestep.data.shard import Request
 from samestep.data.source import Columns, SeedSample, Source
 from samestep.data.tensors import leaves_of
@@ -62,9 +62,12 @@ def agree(first: Sequence[str], second: Sequence[str]) -> bool:
 
 def chosen(num_samples: int) -> list[np.ndarray]:
     """Return the ids of the samples to look at: a few alone, the others together. A function of the length alone."""
-    numbers = (mix_one(num_samples * GOLDEN + k) % num_samples for k in range(_NUM_SAMPLES - 2) if num_samples)
-    some = range(num_samples) if num_samples <= _NUM_SAMPLES else numbers
-    ids = list(dict.fromkeys([0, num_samples - 1, *some])) if num_samples else []
+    found = dict.fromkeys([0, num_samples - 1] if num_samples else [])
+    state = num_samples
+    while len(found) < min(_NUM_SAMPLES, num_samples):
+        state = (state + GOLDEN) & MASK
+        found[mix_one(state) % num_samples] = None
+    ids = list(found)
     pieces = [np.array([i], dtype=np.int64) for i in ids[:_NUM_ALONE]]
     return [*pieces, np.array(ids[_NUM_ALONE:], dtype=np.int64)] if len(ids) > _NUM_ALONE else pieces
 

@@ -202,7 +202,7 @@ class Conditions:
             kinds = [kind for kind in ACCEPTABLE if kind in self._accept or kind in [d.kind for d in refused]]
             quoted = ", ".join(f'"{kind}"' for kind in kinds)
             flag = f"--accept {','.join(kinds)}"
-            lines.append(f"  To go on all the same: {flag}, or accept=[{quoted}] in launch().")
+            lines.append(f"  To go on all the same: {flag} (in launch(): accept=[{quoted}])")
             raise MismatchError("\n".join([head, *lines]))
         for d in differing:
             words = f"Accepted: other {d.kind}, {places[0]} {d.there}; {places[1]} {d.here}."
@@ -219,7 +219,7 @@ def environment_of(device: str) -> dict[str, str]:
         "CPU capability": torch.backends.cpu.get_cpu_capability(),
         "CPU instructions": _cpu_instructions(),
         "mkldnn": _switch(torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)),
-        "matmul precision": _matmul_precision(),
+        "float32 precision": _precision(),
         "deterministic algorithms": _switch(torch.are_deterministic_algorithms_enabled()),
         "attention kernels": " ".join(
             name for name in ("flash", "mem_efficient", "math") if getattr(torch.backends.cuda, f"{name}_sdp_enabled")()
@@ -244,24 +244,31 @@ def _cpu_instructions() -> str:
     return " ".join([str(found.get("architecture", "")), *names]).strip()
 
 
-def _matmul_precision() -> str:
-    """Return the precisions that apply; torch refuses to name one where the older and the newer setting are mixed."""
+def _precision() -> str:
+    """Return how float32 is multiplied; torch refuses an overall word where its older and newer settings are mixed."""
     try:
         overall = torch.get_float32_matmul_precision()
     except RuntimeError:
         overall = "mixed"
-    by_backend = {"mkldnn": torch.backends.mkldnn, "cuda": torch.backends.cuda}
-    return " ".join([overall, *(f"{name}={one.matmul.fp32_precision}" for name, one in by_backend.items())])
+    # The type checker does not know these modules' attributes.
+    mkldnn: Any = torch.backends.mkldnn
+    return f"{overall}, matmul {_exact(mkldnn.matmul)}, conv {_exact(mkldnn.conv)}"
+
+
+def _exact(operation: Any) -> str:
+    # "none" is what nobody has set, and computes like "ieee".
+    return str(operation.fp32_precision).replace("none", "ieee")
 
 
 def _gpu() -> dict[str, str]:
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
     return {
         "GPU": torch.cuda.get_device_name(),
         "CUDA": str(torch.version.cuda),
         "cuDNN": str(cudnn.version()),
-        "cuDNN switches": f"enabled={cudnn.enabled} deterministic={cudnn.deterministic} benchmark={cudnn.benchmark} "
-        f"tf32={cudnn.allow_tf32}",
+        "cuDNN switches": f"enabled={cudnn.enabled} deterministic={cudnn.deterministic} benchmark={cudnn.benchmark}",
+        "GPU precision": f"matmul {_exact(matmul)}, conv {cudnn.conv.fp32_precision}, rnn {cudnn.rnn.fp32_precision}",
         "reduced reductions": f"fp16={matmul.allow_fp16_reduced_precision_reduction} "
         f"bf16={matmul.allow_bf16_reduced_precision_reduction}",
     }

@@ -47,8 +47,10 @@ def origin_of(main: Callable[..., Any], device: str | None) -> Origin:
         script = f"{code.co_name}()"
         return Origin(script=script, code={script: _entry(_tokens_of(code), 0)}, environment=environment)
     script = os.path.basename(code.co_filename)
-    root = os.path.dirname(os.path.realpath(code.co_filename))
-    files = {os.path.relpath(path, root): path for path in sorted(_imported(root))} | {script: code.co_filename}
+    files = {script: code.co_filename}
+    # A module's path may go through the links that lead to the script, or not.
+    for root in {os.path.dirname(turn(code.co_filename)) for turn in (os.path.abspath, os.path.realpath)}:
+        files |= {os.path.relpath(path, root): path for path in _imported(root)}
     return Origin(script=script, code={name: lines_of(path) for name, path in files.items()}, environment=environment)
 
 
@@ -110,8 +112,7 @@ def _imported(root: str) -> Iterator[str]:
     paths = sysconfig.get_paths()
     foreign = (_PACKAGE, *(paths[name] + os.sep for name in ("stdlib", "platstdlib", "purelib", "platlib")))
     for module in list(sys.modules.values()):
-        path = getattr(module, "__file__", None)
-        path = os.path.realpath(path) if isinstance(path, str) else ""
+        path = str(getattr(module, "__file__", None))
         is_near = path.endswith(".py") and path.startswith(os.path.join(root, ""))
         if is_near and not path.startswith(foreign) and "site-packages" not in path:
             yield path
