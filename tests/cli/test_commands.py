@@ -17,6 +17,7 @@ import pytest
         (["run", "good.py", "--workers", "9", "--replicas", "8"], "so 1 worker would idle"),
         (["run", "good.py", "--every", "0"], "You set every=0"),
         (["run", "good.py", "--device", "tpu"], "You set device='tpu'"),
+        (["run", "good.py", "--accept", "code,model"], "You set accept='model'"),
         (["run", "good.py", "--summary", "no/such/folder.json"], "not a folder one can write to"),
         (["verify", "missing.py"], "There is no script missing.py."),
         (["verify", "good.py", "--workers", "2"], "at least two numbers"),

@@ -1,8 +1,10 @@
+import json
+
 import pytest
 
 from samestep.errors import SettingsError
 from samestep.launching import environment
-from samestep.settings.options import Options
+from samestep.settings.options import Options, words_of
 
 
 @pytest.mark.parametrize(
@@ -45,6 +47,7 @@ def test_more_workers_than_replicas_says_what_to_do():
         ({"seed": 1.5}, r"seed=1\.5"),
         ({"every": 0}, "every=0"),
         ({"device": "tpu"}, "device='tpu'"),
+        ({"accept": ("code", "model")}, "accept='model'"),
         ({"device": "cuda", "workers": 2}, "torchrun"),
     ],
 )
@@ -64,13 +67,20 @@ def test_zero_is_a_setting():
 
 
 def test_options_cross_as_plain_facts():
-    options = Options(replicas="workers", every=3, checkpoint="runs/x")
+    options = Options(replicas="workers", every=3, checkpoint="runs/x", accept=("code",))
     assert Options.from_dict(options.to_dict()) == options
 
 
 def test_a_traced_run_touches_no_checkpoint():
     keeping = Options(trace=5, checkpoint="runs/x", every=2, resume="runs/x").keeping()
     assert (keeping.trace, keeping.checkpoint, keeping.every, keeping.resume) == (5, None, None, None)
+
+
+def test_accepted_kinds_are_words():
+    assert words_of("code, data") == words_of(["code", "data"]) == ("code", "data")
+    crossed = Options.from_dict(json.loads(json.dumps(Options(accept=("code", "data")).to_dict())))
+    assert crossed.keeping().accept == ("code", "data")
+    assert Options(accept=("data",)).over(Options(accept=("code",))).keeping().accept == ("data",)
 
 
 def test_one_thread_per_library_before_torch_is_imported():

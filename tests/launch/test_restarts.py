@@ -30,9 +30,9 @@ def test_deaths_before_the_first_call_end_it():
 def test_an_error_gets_one_more_try_at_each_place():
     restarts = Restarts()
     assert restarts.allow(5, "OSError: gone")
-    assert restarts.allow(6, "OSError: gone"), "another place"
-    assert restarts.allow(6, "OSError: elsewhere")
-    assert not restarts.allow(6, "OSError: elsewhere")
+    assert restarts.allow(7, "OSError: gone"), "another place"
+    assert restarts.allow(7, "OSError: elsewhere")
+    assert not restarts.allow(8, "OSError: elsewhere"), "a call more or less is the same place"
     assert not restarts.in_vain, "the error itself says enough"
 
 

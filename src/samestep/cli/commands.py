@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from samestep.errors import SamestepError, SettingsError
-from samestep.settings import Options, chaos_script, run_script, verify_script
+from samestep.settings import Options, chaos_script, run_script, verify_script, words_of
 
 _SCRIPT_OPTIONS = (
     click.option("--replicas", metavar="R", help="Logical copies of the model (part of the recipe), or 'workers'."),
@@ -48,6 +48,7 @@ def main() -> None:
 @click.option("--checkpoint", metavar="DIR", help="Folder for checkpoints.")
 @click.option("--every", type=int, metavar="N", help="Steps between checkpoints.")
 @click.option("--resume", metavar="PATH", help="Checkpoint, or folder of them, to go on from.")
+@click.option("--accept", metavar="KIND,...", help="What may differ from it: code, environment, data.")
 @click.option("--summary", metavar="FILE.json", help="Write the facts of the run there.")
 def run(script: str, arguments: tuple[str, ...], summary: str | None, **settings: Any) -> None:
     """Run SCRIPT on this host. Its own arguments come after `--`."""
@@ -104,6 +105,8 @@ def _options(settings: dict[str, Any]) -> Options:
         if not replicas.lstrip("+-").isdecimal():
             raise SettingsError(f"You set --replicas {replicas}. Use a whole number, or 'workers'.")
         settings = {**settings, "replicas": int(replicas)}
+    if settings.get("accept") is not None:
+        settings = {**settings, "accept": words_of(settings["accept"])}
     options = Options(**settings)
     options.check()
     return options

@@ -98,6 +98,10 @@ class Loader:
             raise DataError(answer.message) from LoaderTraceback(answer.traceback)
         return answer
 
+    def has_answer(self, seconds: float) -> bool:
+        """Wait until an answer begins to arrive, or the process is gone; return whether it did so in time."""
+        return self._connection.poll(max(0.0, seconds))
+
     def kill(self) -> None:
         """End the process at once, whatever it does. Does not wait."""
         if os.getpid() == self._owner:

@@ -36,8 +36,9 @@ class Restarts:
             after an error that has come before the first call, or at the same call twice.
         """
         if error:
-            again = self._last_error == (error, num_calls)
-            self._last_error = error, num_calls
+            last, self._last_error = self._last_error, (error, num_calls)
+            # A worker may fail in a step before the first has recorded the call that ended the step before.
+            again = last is not None and last[0] == error and abs(last[1] - num_calls) <= 1
             if again or not num_calls:
                 return False
         self._num_in_vain = 0 if num_calls > self._most_calls else self._num_in_vain + 1

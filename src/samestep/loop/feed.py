@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from samestep.core.digest import state_digest
 from samestep.core.randomness import key, seed_sample
 from samestep.core.worker import Worker
+from samestep.data.fingerprint import fingerprint
 from samestep.data.loading import Request, Shard, load
 from samestep.data.permutation import Identity, Order, Permutation
 from samestep.data.proof import Coverage, Proof, SampleCount
@@ -58,6 +60,7 @@ class Feed:
         self.data = data
         self.num_samples = num_samples
         self.coverage = Coverage(num_samples)
+        self._content: list[str] | None = None
         self._read = SampleCount()
         self._uncounted: list[np.ndarray] = []
         self._num_uncounted = 0
@@ -76,6 +79,12 @@ class Feed:
             permuted = Permutation(self.num_samples, key(6, *self._seed, epoch)) if shuffled else None
             self._orders[epoch] = permuted if permuted is not None else Identity(self.num_samples)
         return self._orders[epoch]
+
+    def content(self, source: Source) -> list[str]:
+        """Return the fingerprint of the data's content, as it was when first asked for."""
+        if self._content is None:
+            self._content = fingerprint(source, state_digest, seed_sample)
+        return self._content
 
     def batches(
         self, source: Source, slices: Iterator[Slice], reading: Reading

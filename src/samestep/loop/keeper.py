@@ -12,8 +12,6 @@ from __future__ import annotations
 import time
 from typing import Any, Protocol
 
-import torch
-
 from samestep.core import checkpoint
 from samestep.core.calls import Calls, line_of_user
 from samestep.core.clock import Clock
@@ -21,10 +19,11 @@ from samestep.core.group import Group
 from samestep.core.ledger import Ledger
 from samestep.core.snapshot import Snapshots
 from samestep.data.proof import SampleCount
-from samestep.errors import MismatchError, SettingsError
+from samestep.errors import SettingsError
 from samestep.loop.archive import Archive
 from samestep.loop.feed import Feed
-from samestep.loop.recipe import Keeping, Recipe
+from samestep.loop.mismatch import Conditions
+from samestep.loop.recipe import Keeping
 from samestep.loop.record import Record
 
 _SNAPSHOT = 1
@@ -37,13 +36,13 @@ _SNAPSHOT_SHARE = 100
 class Kept(Protocol):
     """What is kept of a run (`Session`)."""
 
-    recipe: Recipe
     keeping: Keeping
     group: Group
     calls: Calls
     clock: Clock
     ledger: Ledger
     record: Record
+    conditions: Conditions
     feeds: dict[Any, Feed]
 
     @property
@@ -78,7 +77,7 @@ class Keeper:
         """Begin to replay what an earlier fleet left in memory, or the checkpoint that was asked for, if any.
 
         Raises:
-            CheckpointError: there is no good one. MismatchError: it is of another recipe.
+            CheckpointError: there is no good one. MismatchError: see `Conditions.resume`.
         """
         if self._num_known and self._resume_after_death():
             return
@@ -93,20 +92,6 @@ class Keeper:
         saved, skipped = checkpoint.load_newest(keeping.resume)
         for path, reason in skipped:
             run.record.note(f"Checkpoint {path} was skipped: {reason}")
-        for name, value in _environment().items():
-            if saved.facts["environment"].get(name) != value:
-                run.record.note(
-                    f"The checkpoint was made with {name} {saved.facts['environment'].get(name)}, here it is {value}: "
-                    f"the bits may differ from those of a run that was never stopped."
-                )
-        there, here = saved.facts["recipe"], run.recipe.as_facts()
-        differing = [name for name in here if there.get(name) != here[name]]
-        if differing:
-            words = ", ".join(f"{name}={there.get(name)!r} there and {here[name]!r} here" for name in differing)
-            raise MismatchError(
-                f"The checkpoint {saved.path} was made with another recipe: {words}. Results would change. "
-                f"Use the same settings, or start anew in another folder."
-            )
         self._begin_replay(saved)
         if run.group.worker.is_first:
             for path, _ in skipped:
@@ -184,6 +169,7 @@ class Keeper:
         return True
 
     def _begin_replay(self, saved: checkpoint.Checkpoint) -> None:
+        self._run.conditions.resume(saved)
         self._run.ledger = Ledger.from_facts(saved.facts["ledger"])
         self._saved = saved
         # None may write, or set files aside, before all have read.
@@ -204,8 +190,7 @@ class Keeper:
         run = self._run
         met = run.calls.meet(kind, line_of_user(), [feed.read.state_dict() for feed in run.feeds.values()])
         return {
-            "recipe": run.recipe.as_facts(),
-            "environment": _environment(),
+            **run.conditions.facts(),
             "ledger": run.ledger.to_facts(),
             "made_by": made_by,
             "reads": [total.state_dict() for total in totals([value for value, _ in met])],
@@ -216,13 +201,3 @@ class Keeper:
 def totals(reads: list[list[dict[str, int]]]) -> list[SampleCount]:
     """Return what all workers read, for each data set; `reads` holds, per worker, one state of `SampleCount` each."""
     return [sum(map(SampleCount.from_state, column), SampleCount()) for column in zip(*reads, strict=True)]
-
-
-def _environment() -> dict[str, str]:
-    """Return what changes bits besides the recipe."""
-    return {
-        "torch": torch.__version__,
-        "CPU capability": torch.backends.cpu.get_cpu_capability(),
-        "mkldnn": str(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled),
-        "matmul precision": torch.get_float32_matmul_precision(),
-    }

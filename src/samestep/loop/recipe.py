@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from samestep.errors import SettingsError
+from samestep.loop.origin import Origin
+
+ACCEPTABLE = ("code", "environment", "data")
+"""What may differ, where the user says so, between a checkpoint and the run that resumes it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,8 @@ class Keeping:
         keep: how many checkpoints are kept.
         resume: checkpoint (or folder of them) to go on from, or None.
         trace: number of steps to record tensor digests of, then stop (used by `verify`); None: no trace.
+        accept: which of `ACCEPTABLE` may differ between workers, and from the checkpoint.
+        origin: the code and the environment at hand, for comparing.
     """
 
     checkpoint: str | None = None
@@ -59,12 +65,20 @@ class Keeping:
     keep: int = 3
     resume: str | None = None
     trace: int | None = None
+    accept: tuple[str, ...] = ()
+    origin: Origin = field(default_factory=Origin)
 
     def __post_init__(self) -> None:
         if self.every is not None and not _is_positive(self.every):
             raise SettingsError(f"You set every={self.every!r}; it must be a whole number of steps, 1 or more.")
         if self.every is not None and self.checkpoint is None:
             raise SettingsError(f"You set every={self.every} but no checkpoint folder. Add checkpoint='runs/name'.")
+        for word in self.accept:
+            if word not in ACCEPTABLE:
+                raise SettingsError(
+                    f"You set accept={word!r}, but what may differ is one or more of {', '.join(ACCEPTABLE)}. "
+                    f"Use --accept {','.join(ACCEPTABLE)}, or fewer of them."
+                )
 
 
 def _is_positive(value: object) -> bool:

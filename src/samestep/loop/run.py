@@ -89,6 +89,7 @@ class Run:
             many_arrivals=arrivals == "many",
         )
         session = self._session
+        session.conditions.begin(session.calls)
         session.model = Model(things, session.group, options)
         bound = agree if agree is not None else Synchronous()
         session.agreed = bound.bind(session.model, session.group, session.calls, session.clock)
@@ -136,7 +137,15 @@ class Run:
             drop_last=drop_last,
         )
         given = batch_size if isinstance(batch_size, int) else "a function"
-        session.check_data({"samples": len(source), "batch_size": given, "shuffle": shuffle, "drop_last": drop_last})
+        session.check_data(
+            {
+                "samples": len(source),
+                "batch_size": given,
+                "shuffle": shuffle,
+                "drop_last": drop_last,
+                "content": feed.content(source),
+            }
+        )
         reading = Reading(
             seed=self.recipe.seed,
             shuffle=shuffle,

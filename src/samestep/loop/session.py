@@ -21,6 +21,7 @@ from samestep.errors import MismatchError, UsageError
 from samestep.loop.archive import Archive
 from samestep.loop.feed import Feed
 from samestep.loop.keeper import Keeper, totals
+from samestep.loop.mismatch import Conditions
 from samestep.loop.recipe import Keeping, Recipe
 from samestep.loop.record import Record, combined
 from samestep.loop.reporter import Reporter
@@ -38,7 +39,7 @@ class Session:
         feeds: of each data set.
         keeper: writes down the state and brings it back.
         num_replicas: number of replicas.
-        clock, calls, ledger, record: see their classes.
+        clock, calls, ledger, record, conditions: see their classes.
         model: None until `run.replicate`.
         agreed: the live form of how replicas agree; None until then.
         whereabouts: says in which shard the script left the loop over them; empty if in none.
@@ -62,6 +63,7 @@ class Session:
         self.calls = Calls(group, self.clock)
         self.ledger = Ledger()
         self.record = Record(group.worker, reporter, self.clock)
+        self.conditions = Conditions(recipe, keeping, group.worker.device, self.record.note)
         self.model: Model | None = None
         self.agreed: Any = None
         self.whereabouts: Callable[[], str] = str
@@ -122,22 +124,12 @@ class Session:
         """Record what the steps are made of; in a replay compare with what was recorded.
 
         Raises:
-            MismatchError: the data or the batch size changed.
+            MismatchError: see `Conditions.check_worker_data` and `check_recorded_data`.
         """
         if not self.replaying:
             for rank, (theirs, _) in enumerate(self.calls.meet("run.steps", line_of_user(), facts)):
-                if theirs != facts:
-                    raise MismatchError(
-                        f"Worker {rank} was given other data than worker {self.worker.rank}: {theirs} against {facts}. "
-                        f"Make the data alike on every worker: sort what comes from folders and sets."
-                    )
-        there = self.recorded("steps", lambda: facts)
-        differing = [f"{k}={there.get(k)!r} there and {facts[k]!r} here" for k in facts if there.get(k) != facts[k]]
-        if differing:
-            raise MismatchError(
-                f"The checkpoint's run had other data at this call of run.steps: {', '.join(differing)}. "
-                f"Use the same data and batch size, or start anew in another folder."
-            )
+                self.conditions.check_worker_data(rank, theirs, facts)
+        self.conditions.check_recorded_data(self.recorded("steps", lambda: facts), facts)
 
     def plan(self, num_samples: int, batch_size: Any, epochs: int | None, steps: int | None) -> None:
         """Note how long the steps will go on, for progress."""

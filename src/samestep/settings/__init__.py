@@ -1,6 +1,7 @@
 """Where words become objects: command line, environment and arguments to frozen options, options to a run.
 
     options    what can be set, in which order settings win, how many workers that makes
+    origin     the code and the environment that a run comes from
     seat       a worker's part in a launch call
     audience   what the user is shown while a run goes on, and at its end
     entry      the ways in: `launch`, `samestep run`, `samestep verify`, and the zygote of a `launch` elsewhere
@@ -10,7 +11,7 @@ Nothing here imports torch before the environment has been prepared.
 
 from samestep.measure.comparison import SUSPECTS, first_difference
 from samestep.settings.entry import Chaos, chaos_script, launch, run_script, serve, verify_script
-from samestep.settings.options import Options
+from samestep.settings.options import Options, words_of
 
 __all__ = [
     "SUSPECTS",
@@ -22,4 +23,5 @@ __all__ = [
     "run_script",
     "serve",
     "verify_script",
+    "words_of",
 ]

@@ -8,7 +8,7 @@ import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypedDict, Unpack
 
 from samestep.errors import SamestepError, SettingsError, UsageError, WorkerError
 from samestep.launching import caller, environment, payload, script, zygote
@@ -18,13 +18,22 @@ from samestep.launching.leftovers import without_empty_folders
 from samestep.launching.output import Muted, Plumbing
 from samestep.launching.supervisor import Fleet, supervise
 from samestep.settings import seat
-from samestep.settings.options import Options
+from samestep.settings.options import Options, words_of
 
 _WARM = (*zygote.WARM, "samestep.loop.run", "samestep.loop.session", "samestep.core.arena")
 """What the zygote imports, so that workers need not."""
 
 _earlier: list[bytes] = []
 """Results of the launch calls of this process, packed; empty bytes for one that failed."""
+
+
+class Saving(TypedDict, total=False):
+    """What a run writes down and goes on from; `launch` says what each is."""
+
+    checkpoint: str | os.PathLike[str] | None
+    every: int | None
+    resume: str | os.PathLike[str] | None
+    accept: str | Sequence[str] | None
 
 
 def launch(
@@ -34,9 +43,7 @@ def launch(
     workers: int | None = None,
     seed: int = 0,
     threads: int = 1,
-    checkpoint: str | os.PathLike[str] | None = None,
-    every: int | None = None,
-    resume: str | os.PathLike[str] | None = None,
+    **saving: Unpack[Saving],
 ) -> Any:
     """Train: call `main(run)` on every worker, and return what it returned.
 
@@ -54,6 +61,7 @@ def launch(
         checkpoint: folder for checkpoints.
         every: steps between checkpoints.
         resume: checkpoint, or folder of them, to go on from.
+        accept: what may differ from it all the same: "code", "environment", "data", one or several.
 
     Returns:
         What `main` returned. Outside of the workers: None if it holds more than numbers, text, bytes, tensors, arrays,
@@ -68,14 +76,18 @@ def launch(
             f"launch() was given {main!r}. Give it the function itself, without calling it: launch(main), not "
             "launch(main())."
         )
+    if unknown := sorted(saving.keys() - Saving.__annotations__.keys()):
+        raise TypeError(f"launch() got an unexpected keyword argument {unknown[0]!r}")
+    checkpoint, resume, accept = saving.get("checkpoint"), saving.get("resume"), saving.get("accept")
     asked = Options(
         workers=workers,
         replicas=replicas,
         threads=threads,
         seed=seed,
         checkpoint=os.fspath(checkpoint) if checkpoint is not None else None,
-        every=every,
+        every=saving.get("every"),
         resume=os.fspath(resume) if resume is not None else None,
+        accept=words_of(accept) if accept is not None else None,
         device=environment.device_kind(),
     )
     context = current()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -9,6 +10,11 @@ from samestep.errors import SettingsError
 from samestep.loop.recipe import Keeping, Recipe
 
 DEVICES = ("cpu", "cuda")
+
+
+def words_of(text: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the words of a list, or of text with commas between them."""
+    return tuple(word.strip() for word in (text.split(",") if isinstance(text, str) else text))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +31,7 @@ class Options:
         resume: checkpoint to go on from.
         device: "cpu" or "cuda".
         trace: steps to record tensor digests of, then stop.
+        accept: kinds of differences that are let pass (see `ACCEPTABLE`).
     """
 
     workers: int | None = None
@@ -36,6 +43,7 @@ class Options:
     resume: str | None = None
     device: str | None = None
     trace: int | None = None
+    accept: tuple[str, ...] | None = None
 
     def over(self, weaker: Options) -> Options:
         """Return these settings, with those of `weaker` where nothing is set here."""
@@ -69,7 +77,9 @@ class Options:
         """
         if self.trace is not None:
             return Keeping(trace=self.trace)
-        return Keeping(checkpoint=self.checkpoint, every=self.every, resume=self.resume)
+        return Keeping(
+            checkpoint=self.checkpoint, every=self.every, resume=self.resume, accept=tuple(self.accept or ())
+        )
 
     def check(self) -> None:
         """Find what is wrong with what is set so far.
@@ -80,6 +90,7 @@ class Options:
         recipe = self.recipe()
         if self.every is not None:
             Keeping(every=self.every, checkpoint=self.checkpoint if self.checkpoint is not None else "unknown yet")
+        Keeping(accept=tuple(self.accept or ()))
         if self.device is not None and self.device not in DEVICES:
             raise SettingsError(f"You set device={self.device!r}. Use one of {' and '.join(DEVICES)}.")
         workers = self.workers

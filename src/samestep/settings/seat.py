@@ -12,6 +12,7 @@ from samestep.launching import environment
 from samestep.launching.channel import ChannelReporter
 from samestep.launching.context import WorkerContext
 from samestep.settings.options import Options
+from samestep.settings.origin import origin_of
 
 Main = Callable[[Any], Any]
 """The user's function; takes the `Run`."""
@@ -40,7 +41,8 @@ def play(main: Main, options: Options, group: Any, reporter: Any, snapshots: Any
     keep_freed()
     recipe = options.recipe()
     torch.set_num_threads(recipe.threads)
-    session = Session(recipe, options.keeping(), group, reporter, snapshots)
+    keeping = replace(options.keeping(), origin=origin_of(main, options.device))
+    session = Session(recipe, keeping, group, reporter, snapshots)
     seed_start(recipe.seed)
     try:
         result = main(Run(session))
