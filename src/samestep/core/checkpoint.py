@@ -32,10 +32,19 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from samestep.core import wire
-from samestep.core.checkpoint_file import MAX_JSON_BYTES, bytes_digest, damaged, natural, new_file, opened, sync_folder
+from samestep.core.checkpoint_file import (
+    MAX_JSON_BYTES,
+    bytes_digest,
+    damaged,
+    natural,
+    new_file,
+    opened,
+    storage_error,
+    sync_folder,
+)
 from samestep.core.digest import joined_digest, tensor_digest
 from samestep.core.tensor_file import Entry, Tensors, read_tensors, write_tensors
-from samestep.errors import CheckpointError
+from samestep.errors import CheckpointError, StorageError
 
 WEIGHTS = "weights.safetensors"
 STATE = "state.safetensors"
@@ -48,6 +57,7 @@ _VERSION = 1
 _LOCK = ".lock"
 _STEP_NAME = re.compile(r"step-(\d{8,18})")
 _TEMPORARY_NAME = re.compile(r"\.step-\d{8,18}\.\d+-[0-9a-f]{16}\.tmp")
+_TRIAL_BYTES = 4096
 _SEAL = ',\n "digest": "{}"\n}}\n'
 
 Location: TypeAlias = str | os.PathLike[str]
@@ -94,10 +104,11 @@ def write(folder: Location, *, step: int, weights: Tensors, state: Tensors, fact
         facts: plain values that `wire.pack` takes.
 
     Raises:
-        CheckpointError: it could not be written, or the step exists and is damaged or holds something else.
+        StorageError: the disk is full, failing or locked, or a damaged checkpoint of this step is in the way.
+        CheckpointError: it holds what cannot be written, or the step exists and holds something else.
     """
     folder = Path(folder)
-    target = folder / f"step-{step:08d}"
+    target = path_of(folder, step)
     assert step == _number_of(target.name) >= 0, f"a checkpoint of step {step}"
     _check("weights", weights)
     _check("state", state)
@@ -120,11 +131,36 @@ def write(folder: Location, *, step: int, weights: Tensors, state: Tensors, fact
                 shutil.rmtree(temporary, ignore_errors=True)
             sync_folder(folder)
     except OSError as error:
-        raise CheckpointError(
-            f"The checkpoint {target} could not be written: {error}. Earlier checkpoints are untouched. Free space "
-            f"there, or choose another folder, and resume."
-        ) from error
+        what = f"The checkpoint {target} could not be written"
+        raise storage_error(what, error, "Earlier checkpoints are untouched.") from error
     return target
+
+
+def prepare(folder: Location) -> None:
+    """Make a run's folder if it is missing, and see that a checkpoint can be written to it: by writing a small file.
+
+    Raises:
+        StorageError: it cannot.
+    """
+    folder = Path(folder)
+    try:
+        _make_folder(folder)
+        with _writing(folder):
+            temporary = folder / _temporary_name("step-00000000")
+            try:
+                temporary.mkdir()
+                with new_file(temporary / MANIFEST) as write_bytes:
+                    write_bytes(bytes(_TRIAL_BYTES))
+                sync_folder(temporary)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise storage_error(f"No checkpoint can be written to {folder}", error) from error
+
+
+def path_of(folder: Location, step: int) -> Path:
+    """Return where `write` puts a step."""
+    return Path(folder) / f"step-{step:08d}"
 
 
 def read(path: Location) -> Checkpoint:
@@ -146,7 +182,7 @@ def load_newest(path: Location) -> tuple[Checkpoint, list[Skipped]]:
         CheckpointError: there is none, or none is good.
     """
     path = Path(path)
-    if _is_step(path):
+    if is_step(path):
         return read(path), []
     skipped: list[Skipped] = []
     for step in reversed(steps_in(path)):
@@ -182,12 +218,18 @@ def verify(path: Location) -> None:
 
 
 def steps_in(folder: Location) -> list[Path]:
-    """Return the step folders of a run's folder, good or not, oldest first."""
+    """Return the step folders of a run's folder, good or not, oldest first; none if there is no such folder.
+
+    Raises:
+        StorageError: the folder is there, but cannot be read.
+    """
     try:
         with os.scandir(Path(folder)) as found:
             names = [entry.name for entry in found if entry.is_dir(follow_symlinks=False)]
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise storage_error(f"The folder {folder} cannot be read", error) from error
     return [Path(folder) / name for name in sorted(names, key=_number_of) if _number_of(name) >= 0]
 
 
@@ -203,7 +245,7 @@ def keep(folder: Location, count: int, trusted: Path | None = None) -> list[Path
         The steps deleted.
 
     Raises:
-        CheckpointError: one could not be deleted.
+        StorageError: one could not be deleted.
     """
     if count < 1:
         raise CheckpointError(f"You asked to keep {count} checkpoints; keep at least 1.")
@@ -221,7 +263,7 @@ def keep(folder: Location, count: int, trusted: Path | None = None) -> list[Path
                 sync_folder(Path(folder))
                 shutil.rmtree(doomed)
     except OSError as error:
-        raise CheckpointError(f"An old checkpoint in {folder} could not be deleted: {error}") from error
+        raise storage_error(f"An old checkpoint in {folder} could not be deleted", error) from error
     return old
 
 
@@ -245,8 +287,9 @@ def _number_of(name: str) -> int:
     return int(match[1]) if match and name == f"step-{int(match[1]):08d}" else -1
 
 
-def _is_step(path: Path) -> bool:
-    return _number_of(path.name) >= 0 or (path / MANIFEST).exists() or (path / WEIGHTS).exists()
+def is_step(path: Path) -> bool:
+    """Return whether `path` is, or is called like, one step's folder; else it is a run's."""
+    return _number_of(path.name) >= 0 or any(os.path.exists(path / name) for name in (MANIFEST, WEIGHTS))
 
 
 def _temporary_name(step_name: str) -> str:
@@ -257,8 +300,15 @@ def _temporary_name(step_name: str) -> str:
 def _make_folder(folder: Path) -> None:
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    for path in missing:
-        sync_folder(path.parent)
+    try:
+        for path in missing:
+            sync_folder(path.parent)
+    except OSError:
+        # Else the next save would find them made, and believe that the disk knows of them.
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
 
 
 @contextlib.contextmanager
@@ -277,18 +327,20 @@ def _writing(folder: Path) -> Iterator[None]:
         # A child forked meanwhile has the descriptor too: closing ours would not unlock.
         with contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_UN)
-        os.close(lock)
+        with contextlib.suppress(OSError):
+            os.close(lock)
 
 
 def _existing(target: Path, weights: Tensors, state: Tensors) -> Path:
     try:
         verify(target)
     except CheckpointError as error:
-        raise CheckpointError(
+        raise StorageError(
             f"This step was checkpointed before, and that one is damaged; it is never written over. Move {target} "
-            f"away and resume. ({error})"
+            f"away. ({error})",
+            "a damaged checkpoint of the same step is in the way",
         ) from error
-    manifest = _read_manifest(target)
+    manifest = read_manifest(target)
     for role, tensors, entries in (("weights", weights, manifest.weights), ("state", state, manifest.state)):
         for name in {**entries, **tensors}:
             if name not in tensors or name not in entries or tensor_digest(tensors[name]) != entries[name].digest:
@@ -296,6 +348,8 @@ def _existing(target: Path, weights: Tensors, state: Tensors) -> Path:
                     f"{target} exists and differs in {name!r} of its {role}: another run wrote it, and it is never "
                     f"written over. Give this run a folder of its own."
                 )
+    # Whoever published it may have failed, or died, before its name was on the disk.
+    sync_folder(target.parent)
     return target
 
 
@@ -316,8 +370,8 @@ def _fill(temporary: Path, step: int, weights: Tensors, state: Tensors, facts: d
         raise CheckpointError(f"The facts of this run cannot be checkpointed: {error}") from error
     weight_entries, weights_file = write_tensors(temporary / WEIGHTS, weights)
     state_entries, state_file = write_tensors(temporary / STATE, distinct)
-    with new_file(temporary / FACTS) as file:
-        file.write(frame)
+    with new_file(temporary / FACTS) as write_facts:
+        write_facts(frame)
     facts_file = {"bytes": len(frame), "digest": bytes_digest(frame)}
     manifest = {
         "format": _FORMAT,
@@ -328,8 +382,8 @@ def _fill(temporary: Path, step: int, weights: Tensors, state: Tensors, facts: d
         "state": {name: {"same_as": aliases[name]} if name in aliases else state_entries[name] for name in state},
     }
     body = json.dumps(manifest, indent=1).removesuffix("\n}").encode()
-    with new_file(temporary / MANIFEST) as file:
-        file.write(body + _seal(body))
+    with new_file(temporary / MANIFEST) as write_manifest:
+        write_manifest(body + _seal(body))
 
 
 def _seal(body: bytes) -> bytes:
@@ -337,7 +391,7 @@ def _seal(body: bytes) -> bytes:
     return _SEAL.format(bytes_digest(body)).encode()
 
 
-class _Manifest(NamedTuple):
+class Manifest(NamedTuple):
     """The manifest; of each file, its size in bytes and its digest."""
 
     step: int
@@ -347,7 +401,7 @@ class _Manifest(NamedTuple):
 
 
 def _scan(path: Path, keep_values: bool) -> Checkpoint:
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     weights = read_tensors(path / WEIGHTS, manifest.weights, manifest.files[WEIGHTS], keep_values)
     state = read_tensors(path / STATE, manifest.state, manifest.files[STATE], keep_values)
     facts = _read_facts(path / FACTS, manifest.files[FACTS])
@@ -355,7 +409,12 @@ def _scan(path: Path, keep_values: bool) -> Checkpoint:
     return Checkpoint(path=path, step=manifest.step, weights=weights, state=state, facts=facts, weights_digest=digest)
 
 
-def _read_manifest(path: Path) -> _Manifest:
+def read_manifest(path: Path) -> Manifest:
+    """Return the manifest of one step's folder, verified by its own digest.
+
+    Raises:
+        CheckpointError: it is missing, damaged, of another format or another step.
+    """
     with opened(path / MANIFEST, MAX_JSON_BYTES) as (file, size):
         text = file.read(size)
         body = text[: -len(_seal(b""))]
@@ -369,7 +428,7 @@ def _read_manifest(path: Path) -> _Manifest:
         if _number_of(path.name) not in (-1, step):
             raise ValueError(f"it belongs to step {step}")
         files = {name: (natural(raw["files"][name]["bytes"]), raw["files"][name]["digest"]) for name in _FILES}
-        return _Manifest(step, files, _parsed_entries(raw["weights"]), _parsed_entries(raw["state"]))
+        return Manifest(step, files, _parsed_entries(raw["weights"]), _parsed_entries(raw["state"]))
 
 
 def _aliases(tensors: Tensors) -> dict[str, str]:

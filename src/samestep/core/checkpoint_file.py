@@ -4,28 +4,54 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import io
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from samestep.core.digest import DIGEST_CHARS
-from samestep.errors import CheckpointError
+from samestep.errors import CheckpointError, StorageError
 
 MAX_JSON_BYTES = 1 << 28
 """A longer manifest or header is not believed."""
 
+_ADVICE = {
+    **dict.fromkeys(("ENOSPC", "EDQUOT", "EFBIG"), "Free space there: by hand, never a step-... that is still needed."),
+    **dict.fromkeys(("EACCES", "EPERM"), "Give this user the right to write there."),
+    "EROFS": "Mount it writable again; a system that made it read-only by itself has seen the disk fail.",
+}
+
 
 @contextlib.contextmanager
-def new_file(path: Path) -> Iterator[BinaryIO]:
-    """Make a file; whoever leaves the `with` block finds it whole and on the disk."""
-    with open(path, "xb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
+def new_file(path: Path) -> Iterator[Callable[[bytes | memoryview], None]]:
+    """Make a file and yield what writes to its end; after the `with` block it is whole and on the disk.
+
+    Raises:
+        OSError: it is not.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        yield functools.partial(_write_all, descriptor)
+        os.fsync(descriptor)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+        raise
+    # Not suppressed: some file systems say only here that the disk, or a quota, is full.
+    os.close(descriptor)
+
+
+def _write_all(descriptor: int, content: bytes | memoryview) -> None:
+    rest = memoryview(content)
+    while rest:
+        num_written = os.write(descriptor, rest)
+        if num_written == 0:
+            raise OSError(errno.EIO, "The file takes no more bytes")
+        rest = rest[num_written:]
 
 
 def sync_folder(folder: Path) -> None:
@@ -65,6 +91,20 @@ def opened(path: Path, max_bytes: int) -> Iterator[tuple[io.BufferedReader, int]
 def damaged(path: Path, what: str) -> CheckpointError:
     """Return the error that names a file and what is wrong with it."""
     return CheckpointError(f"The checkpoint file {path} is damaged: {what}.")
+
+
+def storage_error(what: str, error: OSError, meanwhile: str = "") -> StorageError:
+    """Return the error of a disk that fails.
+
+    Args:
+        what: could not be done; without a full stop.
+        error: by the system.
+        meanwhile: a sentence on what that leaves.
+    """
+    code = errno.errorcode.get(error.errno or 0, "")
+    reason = f"{error.strerror or error}{f' ({code})' if code else ''}"
+    advice = _ADVICE.get(code, "Look at the disk, and at what the system's log says of it.")
+    return StorageError(" ".join(filter(None, [f"{what}: {reason}.", meanwhile, advice])), reason)
 
 
 def bytes_digest(content: bytes) -> str:

@@ -57,15 +57,15 @@ def write_tensors(path: Path, tensors: Tensors) -> tuple[dict[str, Any], dict[st
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     start = len(text).to_bytes(8, "little") + text
     digests: dict[str, str] = {}
-    with new_file(path) as file:
-        file.write(start)
+    with new_file(path) as write:
+        write(start)
         for name in order:
             tensor = tensors[name]
             hasher = TensorHasher(tensor.dtype, tensor.shape)
             try:
                 for piece in pieces(tensor):
                     hasher.update(piece)
-                    file.write(piece)
+                    write(piece)
             except TypeError as error:
                 raise CheckpointError(f"The tensor {name!r} cannot be checkpointed. {error}") from error
             digests[name] = hasher.digest()
@@ -74,6 +74,11 @@ def write_tensors(path: Path, tensors: Tensors) -> tuple[dict[str, Any], dict[st
         for name, tensor in tensors.items()
     }
     return entries, {"bytes": len(start) + end, "digest": _file_digest(start, digests.items())}
+
+
+def is_plain(dtype: torch.dtype) -> bool:
+    """Return whether every reader of safetensors knows `dtype`; if not, its bytes are stored."""
+    return wire.name_of(dtype) in _CODES
 
 
 def _stored(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:

@@ -17,7 +17,7 @@ from samestep.core.ledger import Ledger
 from samestep.core.model import Model
 from samestep.core.randomness import seed_evaluation
 from samestep.data.proof import SampleCount
-from samestep.errors import MismatchError, SettingsError, UsageError
+from samestep.errors import MismatchError, SettingsError, StorageError, UsageError
 from samestep.loop.archive import Archive
 from samestep.loop.feed import Feed
 from samestep.loop.recipe import Keeping, Recipe
@@ -215,9 +215,16 @@ class Session:
             "reads": [total.state_dict() for total in _totals([value for value, _ in met])],
             "elapsed": self.clock.elapsed(),
         }
-        self.archive.save(folder, self.record.num_steps, facts, keep)
+        try:
+            trouble = self.archive.save(folder, self.record.num_steps, facts, keep)
+        except StorageError as error:
+            if made_by == "save":
+                raise
+            self.record.saves.failed(error)
+            return
         if folder == self.keeping.checkpoint:
             self._last_save = self.record.num_steps
+            self.record.saves.worked(self._last_save, trouble)
 
     def finish(self, result: Any) -> dict[str, Any]:
         """Return the facts of the summary; on the first worker all of them. Collective."""
