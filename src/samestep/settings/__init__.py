@@ -1,15 +1,27 @@
 """Where words become objects: command line, environment and arguments to frozen options, options to a run.
 
-    options    what can be set, in which order settings win, how many workers that makes
-    seat       a worker's part in a launch call
-    audience   what the user is shown while a run goes on, and at its end
-    entry      the ways in: `launch`, `samestep run`, `samestep verify`, and the zygote of a `launch` elsewhere
+    options      what can be set, in which order settings win, how many workers that makes
+    seat         a worker's part in a launch call
+    audience     what the user is shown while a run goes on, and at its end
+    entry        the ways in: `launch`, `samestep run`, `samestep verify`, and the zygote of a `launch` elsewhere
+    checkpoints  what `samestep checkpoint` does
 
 Nothing here imports torch before the environment has been prepared.
 """
 
 from samestep.measure.comparison import SUSPECTS, first_difference
+from samestep.settings.checkpoints import export_weights, stored_checkpoints
 from samestep.settings.entry import launch, run_script, serve, verify_script
 from samestep.settings.options import Options
 
-__all__ = ["SUSPECTS", "Options", "first_difference", "launch", "run_script", "serve", "verify_script"]
+__all__ = [
+    "SUSPECTS",
+    "Options",
+    "export_weights",
+    "first_difference",
+    "launch",
+    "run_script",
+    "serve",
+    "stored_checkpoints",
+    "verify_script",
+]
