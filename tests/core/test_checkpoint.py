@@ -313,6 +313,61 @@ def test_the_order_that_outlives_a_power_cut(tmp_path, monkeypatch):
     assert [size for folder, name, size in events if name in FILES] == [(path / name).stat().st_size for name in FILES]
 
 
+def test_a_folder_whose_name_may_not_be_on_the_disk_is_unmade(tmp_path, monkeypatch):
+    """Else the next save would find it made, and never sync its parent."""
+    fsync, synced = os.fsync, []
+
+    def failing(descriptor):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing)
+        with pytest.raises(CheckpointError, match="EIO"):
+            write_step(tmp_path / "runs" / "x", 1)
+    assert names_in(tmp_path) == []
+
+    def seen(descriptor):
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    write_step(tmp_path / "runs" / "x", 1)
+    assert {str(tmp_path), str(tmp_path / "runs")} < set(synced)
+
+
+def test_a_step_published_but_not_synced_is_synced_by_the_next_try(tmp_path, monkeypatch):
+    fsync, synced = os.fsync, []
+
+    def failing(descriptor):
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if synced[-1] == str(tmp_path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing)
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match="EIO"):
+                write_step(tmp_path, 1)
+    assert synced.count(str(tmp_path)) == 2 and holds(tmp_path / "step-00000001", 1)
+
+
+def test_an_error_on_closing_a_file_is_an_error(tmp_path, monkeypatch):
+    """A full quota on a network file system is told only there."""
+    close = os.close
+
+    def failing(descriptor):
+        is_data = os.readlink(f"/proc/self/fd/{descriptor}").endswith(STATE)
+        close(descriptor)
+        if is_data:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(os, "close", failing)
+    with pytest.raises(CheckpointError, match=r"step-00000001 could not be written: .*\(EDQUOT\).* Free space"):
+        write_step(tmp_path, 1)
+    assert names_in(tmp_path) == []
+
+
 NURSERY = """
 import os, random, signal, sys, time
 from pathlib import Path
