@@ -35,6 +35,18 @@ class CheckpointError(SamestepError, RuntimeError):
     """A checkpoint could not be written, read or verified."""
 
 
+class StorageError(CheckpointError):
+    """A checkpoint failed because of where it lies, not of what it holds: a disk that is full, failing, read-only.
+
+    Attributes:
+        reason: the fault alone, without the names of files, so that the same fault reads the same at every step.
+    """
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
+
+
 class WorkerError(SamestepError, RuntimeError):
     """A worker of the run failed; the message holds its own error."""
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from samestep.core import checkpoint
+from samestep.core import checkpoint, tensor_file
 from samestep.core.checkpoint import FACTS, MANIFEST, STATE, WEIGHTS, keep, latest, load_newest, read, set_aside, write
 from samestep.core.digest import joined_digest, pieces, state_digest, tensors_digest
 from samestep.errors import CheckpointError
@@ -101,7 +101,7 @@ def test_every_dtype(tmp_path, shape):
 
 
 def test_tensors_larger_than_a_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_PIECE_BYTES", 100)
+    monkeypatch.setattr(tensor_file, "_PIECE_BYTES", 100)
     weights = {"x": random_bits(torch.float32, (77, 5)), "y": random_bits(torch.float32, (25,))}
     path = write(tmp_path, step=1, weights=weights, state={}, facts={})
     assert tensors_digest(read(path).weights.items()) == tensors_digest(weights.items())
@@ -275,7 +275,7 @@ def test_a_full_disk_inside_a_file(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "pieces", full)
+        patch.setattr(tensor_file, "pieces", full)
         with pytest.raises(CheckpointError, match="step-00000002 could not be written: .*No space left.*untouched"):
             write_step(tmp_path, 2)
     assert names_in(tmp_path) == ["step-00000001"] and holds(tmp_path / "step-00000001", 1)
@@ -313,11 +313,66 @@ def test_the_order_that_outlives_a_power_cut(tmp_path, monkeypatch):
     assert [size for folder, name, size in events if name in FILES] == [(path / name).stat().st_size for name in FILES]
 
 
+def test_a_folder_whose_name_may_not_be_on_the_disk_is_unmade(tmp_path, monkeypatch):
+    """Else the next save would find it made, and never sync its parent."""
+    fsync, synced = os.fsync, []
+
+    def failing(descriptor):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing)
+        with pytest.raises(CheckpointError, match="EIO"):
+            write_step(tmp_path / "runs" / "x", 1)
+    assert names_in(tmp_path) == []
+
+    def seen(descriptor):
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    write_step(tmp_path / "runs" / "x", 1)
+    assert {str(tmp_path), str(tmp_path / "runs")} < set(synced)
+
+
+def test_a_step_published_but_not_synced_is_synced_by_the_next_try(tmp_path, monkeypatch):
+    fsync, synced = os.fsync, []
+
+    def failing(descriptor):
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if synced[-1] == str(tmp_path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing)
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match="EIO"):
+                write_step(tmp_path, 1)
+    assert synced.count(str(tmp_path)) == 2 and holds(tmp_path / "step-00000001", 1)
+
+
+def test_an_error_on_closing_a_file_is_an_error(tmp_path, monkeypatch):
+    """A full quota on a network file system is told only there."""
+    close = os.close
+
+    def failing(descriptor):
+        is_data = os.readlink(f"/proc/self/fd/{descriptor}").endswith(STATE)
+        close(descriptor)
+        if is_data:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(os, "close", failing)
+    with pytest.raises(CheckpointError, match=r"step-00000001 could not be written: .*\(EDQUOT\).* Free space"):
+        write_step(tmp_path, 1)
+    assert names_in(tmp_path) == []
+
+
 NURSERY = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from samestep.core import checkpoint
+from samestep.core import checkpoint, tensor_file
 torch.set_num_threads(1)
 folder, mode, first, last = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 
@@ -339,7 +394,7 @@ def die_at(index):
         return call
     for name in ("fsync", "rename", "open", "mkdir", "close"):
         setattr(os, name, wrap(getattr(os, name)))
-    real_pieces = checkpoint.pieces
+    real_pieces = tensor_file.pieces
     def dying_pieces(tensor):
         for piece in real_pieces(tensor):
             half = len(piece) // 2
@@ -347,7 +402,7 @@ def die_at(index):
             count[0] += 1
             if count[0] == index: os.kill(os.getpid(), signal.SIGKILL)
             yield piece[half:]
-    checkpoint.pieces = dying_pieces
+    tensor_file.pieces = dying_pieces
 
 def run_child(work):
     reader, writer = os.pipe()
@@ -755,14 +810,14 @@ def test_a_writer_holds_a_shared_lock(tmp_path, monkeypatch, others):
                 fcntl.flock(another, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return pieces(tensor)
 
-        monkeypatch.setattr(checkpoint, "pieces", observed)
+        monkeypatch.setattr(tensor_file, "pieces", observed)
         assert holds(write_step(tmp_path, 2), 2)
 
 
 def test_the_lock_is_free_afterwards_even_if_a_child_was_forked(tmp_path, monkeypatch):
     """A child forked during the write still has the descriptor; it must not hold up the next sweep."""
     inherited = []
-    monkeypatch.setattr(checkpoint, "pieces", lambda t: (inherited.append(os.dup(locks_open()[0])), *pieces(t))[1:])
+    monkeypatch.setattr(tensor_file, "pieces", lambda t: (inherited.append(os.dup(locks_open()[0])), *pieces(t))[1:])
 
     def locks_open():
         links = [(int(fd), Path(f"/proc/self/fd/{fd}")) for fd in os.listdir("/proc/self/fd")]

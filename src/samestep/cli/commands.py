@@ -11,7 +11,15 @@ from typing import Any
 import click
 
 from samestep.errors import SamestepError, SettingsError
-from samestep.settings import Options, chaos_script, run_script, verify_script, words_of
+from samestep.settings import (
+    Options,
+    chaos_script,
+    export_weights,
+    run_script,
+    stored_checkpoints,
+    verify_script,
+    words_of,
+)
 
 _SCRIPT_OPTIONS = (
     click.option("--replicas", metavar="R", help="Logical copies of the model (part of the recipe), or 'workers'."),
@@ -95,6 +103,51 @@ def chaos(script: str, arguments: tuple[str, ...], faults: int, seed: int, **set
         if faults < 1:
             raise SettingsError(f"You set --faults {faults}. Use 1 or more.")
         return report(chaos_script(script, arguments, _options(settings), faults, seed)), ""
+
+    _end(act)
+
+
+@main.group()
+def checkpoint() -> None:
+    """Look at checkpoints, verify them, take the weights out."""
+
+
+@checkpoint.command("list")
+@click.argument("folder")
+def list_(folder: str) -> None:
+    """List the checkpoints in FOLDER, by their manifests."""
+
+    def act() -> tuple[int, str]:
+        from samestep.cli.inventory import show_list
+
+        return show_list(stored_checkpoints(folder, in_full=False)), ""
+
+    _end(act)
+
+
+@checkpoint.command("verify")
+@click.argument("folder_or_step")
+def verify_checkpoints(folder_or_step: str) -> None:
+    """Read every byte; exit code 1 if any is damaged."""
+
+    def act() -> tuple[int, str]:
+        from samestep.cli.inventory import show_verified
+
+        return show_verified(stored_checkpoints(folder_or_step, in_full=True)), ""
+
+    _end(act)
+
+
+@checkpoint.command()
+@click.argument("folder_or_step")
+@click.argument("out", metavar="OUT.safetensors")
+def export(folder_or_step: str, out: str) -> None:
+    """Write the newest good one's weights as plain safetensors."""
+
+    def act() -> tuple[int, str]:
+        from samestep.cli.inventory import show_export
+
+        return show_export(export_weights(folder_or_step, out), out), ""
 
     _end(act)
 

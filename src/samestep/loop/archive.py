@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from samestep.core import checkpoint, wire
 from samestep.core.group import Group
 from samestep.core.model import Model
 from samestep.core.snapshot import Snapshots
-from samestep.errors import CheckpointError, MismatchError
+from samestep.errors import CheckpointError, MismatchError, SettingsError, StorageError
 
 
 class Archive:
@@ -21,7 +22,17 @@ class Archive:
         self._model = model
         self._group = group
 
-    def save(self, folder: str, step: int, facts: dict[str, Any], keep: int | None) -> None:
+    def prepare(self, folder: str) -> None:
+        """See that checkpoints can be written to a folder, before hours depend on it. Collective.
+
+        Raises:
+            SettingsError: they cannot.
+        """
+        error = self._first(lambda: checkpoint.prepare(folder))
+        if error is not None:
+            raise SettingsError(f"You set checkpoint={folder!r}. {error} Or name another folder.")
+
+    def save(self, folder: str, step: int, facts: dict[str, Any], keep: int | None) -> StorageError | None:
         """Write a checkpoint. Collective; the first worker writes.
 
         Args:
@@ -30,20 +41,24 @@ class Archive:
             facts: what else the run needs to go on.
             keep: how many checkpoints to keep there, or None for all.
 
+        Returns:
+            None, or why old checkpoints could not be deleted.
+
         Raises:
-            CheckpointError: it could not be written.
+            StorageError: the disk did not take it.
+            CheckpointError: it holds what cannot be written, or another run's checkpoint is in its place.
         """
         states = [trained.update.full_state() for trained in self._model.trained]
-        failure = ""
-        if self._group.worker.is_first:
-            try:
-                self._write(folder, step, facts, keep, states)
-            except (CheckpointError, TypeError) as error:
-                failure = str(error)
-        # Also keeps the others from changing the weights while they are written.
-        failure = self._group.exchange(failure.encode())[0].decode()
-        if failure:
-            raise CheckpointError(failure)
+        # The exchange also keeps the others from changing the weights while they are written.
+        error = self._first(lambda: self._write(folder, step, facts, states))
+        if error is not None:
+            raise error
+        if keep is None:
+            return None
+        trouble = self._first(lambda: checkpoint.keep(folder, keep, trusted=checkpoint.path_of(folder, step)))
+        if trouble is not None and not isinstance(trouble, StorageError):
+            raise trouble
+        return trouble
 
     def snapshot(self, snapshots: Snapshots, step: int, facts: dict[str, Any]) -> None:
         """Keep the state in memory. Collective; the first worker writes.
@@ -81,11 +96,24 @@ class Archive:
         self._group.exchange(b"")
         self._model.guard.accept()
 
-    def _write(self, folder: str, step: int, facts: dict[str, Any], keep: int | None, states: list) -> None:
+    def _first(self, act: Callable[[], Any]) -> CheckpointError | None:
+        """Let the first worker act; return on every worker the error that this ended with. Collective."""
+        told = []
+        if self._group.worker.is_first:
+            try:
+                act()
+            except StorageError as error:
+                told = [str(error), error.reason]
+            except (CheckpointError, TypeError) as error:
+                told = [str(error)]
+        told = json.loads(self._group.exchange(json.dumps(told).encode())[0])
+        if not told:
+            return None
+        return StorageError(*told) if len(told) == 2 else CheckpointError(*told)
+
+    def _write(self, folder: str, step: int, facts: dict[str, Any], states: list) -> None:
         weights, state, model = self._contents(states)
-        path = checkpoint.write(folder, step=step, weights=weights, state=state, facts={**facts, "model": model})
-        if keep is not None:
-            checkpoint.keep(folder, keep, trusted=path)
+        checkpoint.write(folder, step=step, weights=weights, state=state, facts={**facts, "model": model})
 
     def _contents(self, states: list) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
         """Return the weights, the other tensors, and plain values of all that is registered."""

@@ -19,7 +19,7 @@ from samestep.core.group import Group
 from samestep.core.ledger import Ledger
 from samestep.core.snapshot import Snapshots
 from samestep.data.proof import SampleCount
-from samestep.errors import SettingsError
+from samestep.errors import SettingsError, StorageError
 from samestep.loop.archive import Archive
 from samestep.loop.feed import Feed
 from samestep.loop.mismatch import Conditions
@@ -150,11 +150,21 @@ class Keeper:
             folder: where to.
             made_by: see `reach`.
             keep: how many checkpoints to keep there, or None for all.
+
+        Raises:
+            StorageError: the disk did not take what the user asked to be saved. Otherwise it is told, and tried again.
         """
         run = self._run
-        run.archive.save(folder, run.record.num_steps, self._facts(made_by, "run.save"), keep)
+        try:
+            trouble = run.archive.save(folder, run.record.num_steps, self._facts(made_by, "run.save"), keep)
+        except StorageError as error:
+            if made_by == "save":
+                raise
+            run.record.saves.failed(error)
+            return
         if folder == run.keeping.checkpoint:
             self._last_write = run.record.num_steps
+            run.record.saves.worked(self._last_write, trouble)
 
     def _resume_after_death(self) -> bool:
         """Begin to replay the newest snapshot, or checkpoint, of a fleet that has died; return whether there is any."""

@@ -12,6 +12,7 @@ from samestep.core.digest import tensor_digest
 from samestep.core.memory import pss_bytes
 from samestep.core.worker import Worker
 from samestep.loop.reporter import Reporter
+from samestep.loop.saves import Saves
 
 _PROGRESS_SECONDS = 0.2
 
@@ -23,6 +24,7 @@ class Record:
         num_steps: committed steps, replayed ones included.
         notes: sentences for the summary.
         logged: the latest numbers given to `run.log`.
+        saves: what became of the checkpoints.
     """
 
     def __init__(self, worker: Worker, reporter: Reporter, clock: Clock):
@@ -36,6 +38,7 @@ class Record:
         self.num_steps = 0
         self.notes: list[str] = []
         self.logged: dict[str, float] = {}
+        self.saves = Saves(self.note)
 
     def caught_up(self) -> None:
         """Tell that what an earlier fleet has shown is over."""
@@ -85,6 +88,7 @@ class Record:
             "memory": self._memory,
             "trained_seconds": self._trained_seconds,
             "samples": self._num_samples,
+            "saves": self.saves.facts(),
         }
 
 
@@ -98,4 +102,5 @@ def combined(parts: list[dict[str, Any]]) -> dict[str, Any]:
         "peak_memory_bytes": peak,
         "samples": first["samples"],
         "samples_per_second": speed,
+        **first["saves"],
     }

@@ -76,7 +76,8 @@ class Run:
             arrivals: "many" where a parameter's gradient arrives several times in some shards only.
 
         Raises:
-            UsageError, MismatchError, SettingsError: something cannot be replicated, or workers built it differently.
+            UsageError, MismatchError, SettingsError: something cannot be replicated, or workers built it differently,
+                or checkpoints cannot be written where they were asked for.
         """
         if self._session.model is not None:
             raise UsageError("run.replicate was called twice. Give it everything in one call.")
@@ -94,6 +95,8 @@ class Run:
         bound = agree if agree is not None else Synchronous()
         session.agreed = bound.bind(session.model, session.group, session.calls, session.clock)
         session.keeper.resume()
+        if session.keeping.checkpoint is not None:
+            session.archive.prepare(session.keeping.checkpoint)
 
     def steps(
         self,
@@ -229,7 +232,11 @@ class Run:
         model.guard.accept()
 
     def save(self, path: str) -> None:
-        """Write a checkpoint of everything registered into folder `path`. It can be resumed from."""
+        """Write a checkpoint of everything registered into folder `path`. It can be resumed from.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
         self._outside_shard("run.save")
         self.model  # noqa: B018
         self._session.save(str(path), line_of_user())

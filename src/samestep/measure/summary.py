@@ -141,6 +141,7 @@ def _all_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("fleet", _fleet_in_words(facts)),
         ("samples", _samples_in_words(facts)),
         ("weights", _digest_in_words(facts)),
+        ("checkpoints", _saves_in_words(facts)),
         *(("note", str(note)) for note in facts.get("notes") or ()),
     ]
 
@@ -192,6 +193,16 @@ def _digest_in_words(facts: dict[str, Any]) -> str:
     return f"{digest} (the same for any number of workers)" if digest and _keeps_promise(facts) else digest or ""
 
 
+def _saves_in_words(facts: dict[str, Any]) -> str:
+    """Return words only where a save failed."""
+    failed, saves, reason = facts.get("saves_failed"), facts.get("saves"), facts.get("saving_fails")
+    if not failed:
+        return ""
+    if reason:
+        return f"{failed} of {saves} saves FAILED, the last one too: {reason}. The end of this run is in no checkpoint."
+    return f"{failed} of {saves} saves failed; the last one worked"
+
+
 def _keeps_promise(facts: dict[str, Any]) -> bool:
     return bool(facts.get("replicas_fixed", True))
 
@@ -199,6 +210,8 @@ def _keeps_promise(facts: dict[str, Any]) -> bool:
 def _style_of(name: str, facts: dict[str, Any]) -> str:
     if name == "samples":
         return "red" if facts.get("samples_exactly_once") is False else "green"
+    if name == "checkpoints":
+        return "red" if facts.get("saving_fails") else "yellow"
     return {"result": "bold", "weights": "cyan"}.get(name, "")
 
 

@@ -1,15 +1,17 @@
 """Where words become objects: command line, environment and arguments to frozen options, options to a run.
 
-    options    what can be set, in which order settings win, how many workers that makes
-    origin     the code and the environment that a run comes from
-    seat       a worker's part in a launch call
-    audience   what the user is shown while a run goes on, and at its end
-    entry      the ways in: `launch`, `samestep run`, `samestep verify`, and the zygote of a `launch` elsewhere
+    options      what can be set, in which order settings win, how many workers that makes
+    origin       the code and the environment that a run comes from
+    seat         a worker's part in a launch call
+    audience     what the user is shown while a run goes on, and at its end
+    entry        the ways in: `launch`, `samestep run`, `samestep verify`, and the zygote of a `launch` elsewhere
+    checkpoints  what `samestep checkpoint` does
 
 Nothing here imports torch before the environment has been prepared.
 """
 
 from samestep.measure.comparison import SUSPECTS, first_difference
+from samestep.settings.checkpoints import export_weights, stored_checkpoints
 from samestep.settings.entry import Chaos, chaos_script, launch, run_script, serve, verify_script
 from samestep.settings.options import Options, words_of
 
@@ -18,10 +20,12 @@ __all__ = [
     "Chaos",
     "Options",
     "chaos_script",
+    "export_weights",
     "first_difference",
     "launch",
     "run_script",
     "serve",
+    "stored_checkpoints",
     "verify_script",
     "words_of",
 ]
