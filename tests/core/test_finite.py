@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from samestep.core.finite import Finite
+import samestep.core.finite as module
+from samestep.core.finite import Finite, chunks_of
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
 ORDERS = {
@@ -72,6 +73,40 @@ def test_what_was_seen_is_told_by_leaf_and_forgotten():
     assert finite.huge
     finite.begin_pass()
     assert (finite.found(), finite.huge) == ([], False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_copied_in_pieces(dtype, monkeypatch):
+    """The whole is copied, and looked at: at the ends of pieces, and in the short one at the end."""
+    monkeypatch.setattr(module, "CHUNK", 16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    place = torch.zeros(7, 11, dtype=dtype)
+    chunks = chunks_of(place)
+    assert [len(chunk) for chunk in chunks] == [16, 16, 16, 16, 13]
+    finite = Finite([place])
+    for bad in (1.0, math.nan, -math.inf, torch.finfo(dtype).max):
+        for where in (0, 15, 16, 63, 64, 76):
+            gradient = torch.randn(7, 11, dtype=dtype)
+            gradient.view(-1)[where] = bad
+            finite.begin_pass()
+            finite.copy(2, 1, gradient, chunks)
+            assert torch.equal(place.nan_to_num(), gradient.nan_to_num())
+            assert finite.found() == ([] if math.isfinite(bad) else [[2, 1, 1, 1]])
+            assert finite.huge == (math.isfinite(bad) and bad != 1.0)
+    finite.begin_pass()
+    finite.copy(0, 0, torch.full((7, 11), 1e16, dtype=dtype), chunks)
+    assert not finite.huge
+
+
+def test_what_is_not_copied_in_pieces(monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert chunks_of(torch.zeros(8, 8)) is not None
+    assert chunks_of(torch.zeros(7, 9)) is None
+    assert chunks_of(torch.zeros(16, 8).t()) is None
+    assert chunks_of(torch.zeros(64, dtype=torch.bfloat16)) is None
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert chunks_of(torch.zeros(8, 8)) is None
 
 
 def test_a_device_is_asked_once():

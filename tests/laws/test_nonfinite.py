@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from playing import assert_same_bits, play
+from playing import assert_same_bits, play, replaced
 from refusing import made, refused, train
 from test_resume import assert_resumed_is_never_stopped
 from zoo import Convolutional, Perceptron, classes_loss, images, vectors
 
+import samestep.core.finite as finite
 from samestep.errors import MismatchError, NonFiniteError
 from samestep.loop.recipe import Keeping
 
@@ -225,6 +226,26 @@ def stops_and_names(folder) -> None:
 
 def test_stops_and_names():
     stops_and_names(None)
+
+
+def copied_in_pieces(folder) -> None:
+    """The laws, where all but the smallest gradients are copied in pieces; and that makes no difference."""
+    whole = play(skipping, 4, 2).as_words()
+    with replaced(finite, "CHUNK", 1024):
+        assert play(skipping, 4, 2).as_words() == whole
+        assert_same_bits(partial(skipping, bad=math.inf), [(4, 1), (4, 3), (4, 4)])
+        stops_and_names(folder)
+        sums_are_looked_at(folder)
+        assert_same_bits(half_weights, [(4, 1), (4, 4)])
+
+
+def half_weights(run) -> Any:
+    return large(run, 5e3 * 16, dtype=torch.float16)
+
+
+def test_copied_in_pieces():
+    assert torch.get_num_threads() == 1, "else nothing is copied in pieces"
+    copied_in_pieces(None)
 
 
 # ------------------------------------------------------------------------------------------- large, and still finite

@@ -10,7 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+
+CHUNK = 65_536
+"""Elements. As much as stays in a core's cache between being copied and being looked at."""
 
 _norm = torch.linalg.vector_norm
 _HALF = (torch.float16, torch.bfloat16)
@@ -55,6 +59,28 @@ class Finite:
         if not size.item() < _HUGE:
             self._look_closer(leaf, parameter, gradient)
 
+    def copy(self, leaf: int, parameter: int, gradient: torch.Tensor, chunks: Sequence[np.ndarray]) -> None:
+        """Copy a gradient and look at it, a piece at a time, each while it is in cache.
+
+        Where a gradient is larger than the cache, looking costs half of what it costs in a pass of its own.
+
+        Args:
+            leaf: as in `look`.
+            parameter: as in `look`.
+            gradient: contiguous, of the dtype of `chunks`.
+            chunks: where to copy it, from `chunks_of`.
+        """
+        flat, start, total = gradient.view(-1).numpy(), 0, 0.0
+        with np.errstate(over="ignore", invalid="ignore"):
+            for chunk in chunks:
+                part = flat[start : start + CHUNK]
+                chunk[:] = part
+                # Twice as fast as in torch.
+                total += float(np.dot(part, part))
+                start += CHUNK
+        if not total < _HUGE * _HUGE:
+            self._look_closer(leaf, parameter, gradient)
+
     def look_at_all(self, gradients: Sequence[torch.Tensor | None]) -> None:
         """Look at all gradients of a pass of one leaf in one call, which is cheaper where nothing else was added.
 
@@ -90,3 +116,12 @@ class Finite:
             self.huge = True
         else:
             self._bad.append((leaf, parameter))
+
+
+def chunks_of(place: torch.Tensor) -> list[np.ndarray] | None:
+    """Return the memory of `place` in pieces for `Finite.copy`, or None where that is no gain or cannot be done."""
+    suits = place.is_cpu and place.dtype in (torch.float32, torch.float64) and place.is_contiguous()
+    if not suits or place.numel() < 4 * CHUNK or torch.get_num_threads() > 1:
+        return None
+    flat = place.view(-1).numpy()
+    return [flat[start : start + CHUNK] for start in range(0, len(flat), CHUNK)]

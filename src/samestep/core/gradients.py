@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from samestep.core.finite import Finite, Found
+from samestep.core.finite import Finite, Found, chunks_of
 from samestep.core.group import ALIGNMENT, GradientArea
 from samestep.core.tree import Leaf, Script
 from samestep.core.weights import Weights, placed, sum_dtype
@@ -31,6 +31,7 @@ class _Sums:
 
     __slots__ = (
         "arrivals",
+        "chunks",
         "dtype",
         "full",
         "gradients",
@@ -50,6 +51,7 @@ class _Sums:
         self.parameter = parameter
         self.dtype = sum_dtype(parameter.dtype)
         self.places = places
+        self.chunks = {number: chunks for number, place in places.items() if (chunks := chunks_of(place)) is not None}
         self.stride = parameter.stride()
         self.full: list[torch.Tensor | None] = [None] * gradients.script.num_buffers
         self.hook: RemovableHandle | None = None
@@ -80,16 +82,25 @@ class _Sums:
                     f"The gradient of {self.name!r} is sparse, which cannot be added in the order of the tree. "
                     f"Use sparse=False in its Embedding."
                 )
-            gradients = self.gradients
-            if gradients.hooked:
-                gradients.finite.look(gradients.shard, self.index, gradient)
-            self.add(leaf.buffer, gradient)
-            gradients.num_folded += 1
+            self.add_leaf(leaf.buffer, gradient)
+            self.gradients.num_folded += 1
         for target, source in leaf.merges:
             done = self.full[source]
             if done is not None:
                 self.add(target, done)
                 self.full[source] = None
+
+    def add_leaf(self, buffer: int, gradient: torch.Tensor) -> None:
+        """Look at the gradient of the current leaf, and add it."""
+        gradients = self.gradients
+        chunks = self.chunks.get(buffer)
+        if chunks is not None and self.full[buffer] is None and self._is_plain(gradient):
+            gradients.finite.copy(gradients.shard, self.index, gradient, chunks)
+            self.full[buffer] = self.places[buffer]
+            return
+        if gradients.hooked:
+            gradients.finite.look(gradients.shard, self.index, gradient)
+        self.add(buffer, gradient)
 
     def add(self, buffer: int, gradient: torch.Tensor) -> None:
         held = self.full[buffer]
@@ -99,6 +110,11 @@ class _Sums:
             self.full[buffer] = self.places[buffer].copy_(gradient)
         else:
             self.full[buffer] = self._own(gradient)
+
+    def _is_plain(self, gradient: torch.Tensor) -> bool:
+        """Return whether the gradient's memory is as it seems, so that NumPy can copy it."""
+        alike = type(gradient) is torch.Tensor and gradient.dtype == self.dtype
+        return alike and gradient.is_contiguous() and not gradient.is_neg()
 
     def _own(self, gradient: torch.Tensor) -> torch.Tensor:
         """Keep autograd's own tensor where its memory order is the parameter's: no copy."""
