@@ -20,6 +20,12 @@ ORDERS = {
 }
 
 
+@pytest.fixture(params=[0, 4_096], autouse=True)
+def small(request, monkeypatch):
+    """Small gradients are looked at together; here also one by one."""
+    monkeypatch.setattr(module, "_SMALL", request.param)
+
+
 def found(gradient: torch.Tensor, at_once: bool) -> tuple[list[list[int]], bool]:
     """Return what is said of a gradient that stands between two good ones, and whether it is taken for huge."""
     good = torch.ones(3, dtype=gradient.dtype)
@@ -29,6 +35,7 @@ def found(gradient: torch.Tensor, at_once: bool) -> tuple[list[list[int]], bool]
     else:
         for index, one in ((0, good), (1, gradient), (3, good)):
             finite.look(0, index, one)
+        finite.end_shard()
     return finite.found(), finite.huge
 
 
@@ -55,6 +62,14 @@ def test_the_largest_numbers_are_finite(dtype, at_once):
     assert found(torch.empty(0, dtype=dtype), at_once) == ([], False)
 
 
+def test_dtypes_may_be_mixed():
+    finite = Finite([torch.ones(3)])
+    for index, dtype in enumerate(DTYPES):
+        finite.look(0, index, torch.tensor([1.0, math.nan if index == 2 else 1.0], dtype=dtype))
+    finite.end_shard()
+    assert (finite.found(), finite.huge) == ([[0, 2, 2, 1]], False)
+
+
 def test_sums_for_half_weights_are_always_looked_at():
     finite = Finite([torch.ones(2), torch.ones(2, dtype=torch.float16)])
     assert finite.huge
@@ -69,6 +84,7 @@ def test_what_was_seen_is_told_by_leaf_and_forgotten():
     for leaf, parameter in ((2, 5), (0, 3), (2, 1), (2, 4)):
         finite.look(leaf, parameter, bad)
     finite.look(1, 1, large)
+    finite.end_shard()
     assert finite.found() == [[0, 3, 3, 1], [2, 1, 5, 3]]
     assert finite.huge
     finite.begin_pass()

@@ -142,6 +142,11 @@ def failing_from(run, first: int, last: int, rule: Any, steps: int = 9) -> list[
     return told
 
 
+def small_ones_too(folder) -> None:
+    """The law: it holds for a gradient of a few elements as for a large one."""
+    refused(NonFiniteError, ["'first.bias' is NaN or infinite in step 2"], lambda r: failing_from(r, 2, 2, "stop"))
+
+
 def test_some_in_a_row():
     assert play(lambda run: failing_from(run, 2, 4, 3), 4, 2).result == [False] * 2 + [True] * 3 + [False] * 4
     words = ["'first.bias' is NaN or infinite in step 5, replica 0 ", "3 updates in a row", "nonfinite=3"]

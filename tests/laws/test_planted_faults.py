@@ -20,7 +20,7 @@ from loops import LOOPS, training
 from playing import assert_same_bits, play, replaced
 from test_alignment import play_shifted
 from test_evaluation import assert_exact
-from test_nonfinite import copied_in_pieces, same_bits_if_skipped, stops_and_names, sums_are_looked_at
+from test_nonfinite import copied_in_pieces, same_bits_if_skipped, small_ones_too, stops_and_names, sums_are_looked_at
 from test_one_big_batch import _count_words, _words_loss, assert_equal_to_big_batch, doubled, maker
 from test_plain_loop import assert_equal_to_plain_loop
 from test_resume import assert_resumed_is_never_stopped, eventful
@@ -450,6 +450,7 @@ FAULTS = {
         lambda old: lambda self, leaf, *args: old(self, leaf, *args) if leaf == 0 else None,
         stops_and_names,
     ),
+    "nonfinite: small gradients are not looked at": Fault(finite.Finite, "end_shard", nothing, small_ones_too),
     "nonfinite: pieces are copied, and not looked at": Fault(finite.Finite, "copy", copied_blindly, copied_in_pieces),
     "nonfinite: a lone worker does not look": Fault(finite.Finite, "look_at_all", nothing, stops_and_names),
     "nonfinite: large gradients are not told": Fault(

@@ -16,6 +16,9 @@ import torch
 CHUNK = 65_536
 """Elements. As much as stays in a core's cache between being copied and being looked at."""
 
+_SMALL = 4_096
+"""Elements. So small a gradient is cheap to read again; the cost of a call is most of what looking costs."""
+
 _norm = torch.linalg.vector_norm
 _HALF = (torch.float16, torch.bfloat16)
 _HUGE = 1e18
@@ -39,20 +42,25 @@ class Finite:
         self._waits = any(not p.is_cpu for p in parameters)
         self.huge = self._narrow
         self._bad: list[tuple[int, int]] = []
+        self._small: list[tuple[int, int, torch.Tensor]] = []
         self._later: list[tuple[int, int, torch.Tensor]] = []
 
     def begin_pass(self) -> None:
         """Forget what was seen."""
         self.huge = self._narrow
         self._bad.clear()
+        self._small.clear()
         self._later.clear()
 
     def look(self, leaf: int, parameter: int, gradient: torch.Tensor) -> None:
-        """Look at the gradient of one parameter in one leaf."""
+        """Look at the gradient of one parameter in one leaf; at a small one when the shard ends."""
         if self._waits:
             # The host must not wait for the device at every gradient. The largest element cannot overflow.
             if gradient.numel():
                 self._later.append((leaf, parameter, _norm(gradient, math.inf)))
+            return
+        if gradient.numel() <= _SMALL:
+            self._small.append((leaf, parameter, gradient))
             return
         # Naming a dtype costs a third of a microsecond.
         size = _norm(gradient, dtype=torch.float32) if gradient.dtype in _HALF else _norm(gradient)
@@ -87,14 +95,12 @@ class Finite:
         Args:
             gradients: one per parameter, None where there is none.
         """
-        present = [(index, gradient) for index, gradient in enumerate(gradients) if gradient is not None]
-        if not present:
-            return
-        norms = torch.stack(torch._foreach_norm([gradient for _, gradient in present])).tolist()
-        if not sum(norms) < _HUGE:
-            for norm, (index, gradient) in zip(norms, present, strict=True):
-                if not norm < _HUGE:
-                    self._look_closer(0, index, gradient)
+        self._look_together([(0, index, gradient) for index, gradient in enumerate(gradients) if gradient is not None])
+
+    def end_shard(self) -> None:
+        """Look at the small gradients of a shard. None of them may have been written to since."""
+        self._look_together(self._small)
+        self._small.clear()
 
     def found(self) -> Found:
         """Return the leaves with gradients that are not finite."""
@@ -110,6 +116,15 @@ class Finite:
         for leaf, parameter in self._bad:
             parameters.setdefault(leaf, []).append(parameter)
         return [[leaf, min(bad), max(bad), len(bad)] for leaf, bad in sorted(parameters.items())]
+
+    def _look_together(self, seen: Sequence[tuple[int, int, torch.Tensor]]) -> None:
+        if not seen:
+            return
+        norms = torch.stack(torch._foreach_norm([gradient for _, _, gradient in seen])).tolist()
+        if not sum(norms) < _HUGE:
+            for norm, (leaf, parameter, gradient) in zip(norms, seen, strict=True):
+                if not norm < _HUGE:
+                    self._look_closer(leaf, parameter, gradient)
 
     def _look_closer(self, leaf: int, parameter: int, gradient: torch.Tensor) -> None:
         if bool(torch.isfinite(gradient).all()):

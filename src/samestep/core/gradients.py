@@ -196,6 +196,7 @@ class Gradients:
         if self.num_folded - self._before == self._num_trainable:
             for sums in self._sums:
                 sums.arrivals = 0
+            self.finite.end_shard()
             return
         for sums in self._sums:
             if sums.mode != _ONCE or not sums.arrivals:
@@ -203,6 +204,7 @@ class Gradients:
                 if sums.mode == _COUNTING and sums.arrivals:
                     sums.mode = _ONCE if sums.arrivals == 1 else _MANY
             sums.arrivals = 0
+        self.finite.end_shard()
 
     def presence(self) -> bytes | None:
         """Return, for each node and parameter, 1 if any leaf of the node used the parameter; None if all did."""
