@@ -20,6 +20,7 @@ from loops import LOOPS, training
 from playing import assert_same_bits, play, replaced
 from test_alignment import play_shifted
 from test_evaluation import assert_exact
+from test_nonfinite import copied_in_pieces, same_bits_if_skipped, small_ones_too, stops_and_names, sums_are_looked_at
 from test_one_big_batch import _count_words, _words_loss, assert_equal_to_big_batch, doubled, maker
 from test_plain_loop import assert_equal_to_plain_loop
 from test_resume import assert_resumed_is_never_stopped, eventful
@@ -28,6 +29,7 @@ from zoo import MODELS, classes_loss, vectors
 
 import samestep.agree.synchronous as synchronous
 import samestep.core.element_update as element_update
+import samestep.core.finite as finite
 import samestep.core.fold as fold
 import samestep.core.gradients as gradients
 import samestep.core.guard as guard
@@ -375,6 +377,23 @@ def forgets_buffers(old):
     return lambda self: {n: t for n, t in old(self).items() if "running" not in n}
 
 
+def copied_blindly(old):
+    def faulty(self, *args):
+        self._look_closer, looked = (lambda *args: None), self._look_closer
+        old(self, *args)
+        self._look_closer = looked
+
+    return faulty
+
+
+def large_is_forgotten(old):
+    def faulty(self, *args):
+        old(self, *args)
+        self.huge = False
+
+    return faulty
+
+
 def unscaled_once(old):
     return lambda self, index, absent, factor: old(self, index, absent, 1.0)
 
@@ -424,6 +443,24 @@ FAULTS = {
     "gradients: halves are added as halves": Fault(
         weights, "sum_dtype", lambda old: lambda dtype: dtype, halves_are_added_as_floats
     ),
+    "nonfinite: gradients are not looked at": Fault(finite.Finite, "look", nothing, stops_and_names),
+    "nonfinite: a worker looks at its first shard alone": Fault(
+        finite.Finite,
+        "look",
+        lambda old: lambda self, leaf, *args: old(self, leaf, *args) if leaf == 0 else None,
+        stops_and_names,
+    ),
+    "nonfinite: small gradients are not looked at": Fault(finite.Finite, "end_shard", nothing, small_ones_too),
+    "nonfinite: pieces are copied, and not looked at": Fault(finite.Finite, "copy", copied_blindly, copied_in_pieces),
+    "nonfinite: a lone worker does not look": Fault(finite.Finite, "look_at_all", nothing, stops_and_names),
+    "nonfinite: large gradients are not told": Fault(
+        finite.Finite, "_look_closer", large_is_forgotten, sums_are_looked_at
+    ),
+    "nonfinite: owners do not look at sums": Fault(
+        synchronous.LiveSynchronous, "_overflow", nothing, sums_are_looked_at
+    ),
+    "nonfinite: what was seen is not forgotten": Fault(finite.Finite, "begin_pass", nothing, same_bits_if_skipped),
+    "nonfinite: buffers of a skipped update stay": Fault(Buffers, "restore", nothing, same_bits_if_skipped),
     "alignment: inputs stay where they are": Fault(source, "aligned", lambda old: lambda tensor: tensor, aligned),
     "guard: owners do not look": Fault(guard._Samples, "check", nothing, edits_are_found),
     "optimizer: state is not shared": Fault(element_update.ElementUpdate, "_place", nothing, plain_loop),

@@ -41,16 +41,33 @@ def test_loss_that_is_not_finite(bad):
     refused(NonFiniteError, [r"loss is (nan|inf)", r"step \d", r"replica \d", r"samples .*\b33\b"], main)
 
 
-def test_norm_that_is_not_finite():
-    def main(run):
+def test_gradient_that_is_not_finite():
+    """Though the loss is finite, and whether the norm is measured or not."""
+
+    def main(run, **choices):
         model, _ = made(run)
         for step in run.steps(vectors(), batch_size=19, steps=1):
             for x, y in step:
                 loss = classes_loss(model, (x, y))
                 step.backward(loss + 0 * (model.last.weight - model.last.weight.detach()).abs().sqrt().sum())
-            step.update(clip_norm=1.0)
+            step.update(**choices)
 
-    refused(NonFiniteError, ["norm of the gradients is nan"], main)
+    words = [r"gradient of 'last\.weight' is NaN or infinite", "step 0, replica 0 ", r"samples \d+", "nonfinite='skip'"]
+    refused(NonFiniteError, words, main)
+    refused(NonFiniteError, words, lambda run: main(run, clip_norm=1.0))
+
+
+@pytest.mark.parametrize("rule", ["sometimes", 0, -1, True, 1.5, None])
+def test_rule_for_what_is_not_finite(rule):
+    refused(SettingsError, ["nonfinite=", "'stop'", "'skip'"], lambda run: made(run, nonfinite=rule))
+
+
+def test_rules_that_differ_between_workers():
+    def main(run):
+        model, _ = made(run, nonfinite="skip" if run.worker.is_first else 3)
+        train(run, model)
+
+    refused(MismatchError, ["other nonfinite", "worker 0"], main, workers=(2, 3))
 
 
 def test_data_that_raises():

@@ -2,7 +2,8 @@
 
 The hops of a step, numbered as in `samestep.core`:
 
-    [4] meet     every worker tells its losses, counts and used parameters; all gradients are published
+    [4] meet     every worker tells its losses, counts, used parameters and what is not finite; all gradients are
+                 published
     [5] reduce   owners add the nodes of their units along the tree
     [6] clip     norms per tensor, added in parameter order; one factor for all (only if asked for)
     [7] update   owners run the optimizer in place
@@ -12,13 +13,14 @@ The hops of a step, numbered as in `samestep.core`:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from samestep.agree.nonfinite import Tolerance
 from samestep.core import wire
 from samestep.core.calls import Calls
 from samestep.core.clock import Clock
@@ -29,9 +31,12 @@ from samestep.core.model import Model, Trained
 from samestep.core.norms import block_squares
 from samestep.core.optimizers import fingerprint, settings_of
 from samestep.core.randomness import seed_transform
-from samestep.errors import MismatchError, NonFiniteError, UsageError
+from samestep.errors import MismatchError, UsageError
 
 Transform = Callable[[str, torch.Tensor], torch.Tensor]
+
+_LARGEST_FACTOR = 1e15
+"""What sums are multiplied by is below it, but for absurd counts; then they are looked at once more."""
 
 
 @dataclass
@@ -88,48 +93,91 @@ class Outcome:
         loss: weighted mean over the batch.
         grad_norm: global norm before clipping; None if it was not asked for.
         means: weighted mean of each named number.
-        skipped: whether the weights stayed because a scaled gradient overflowed.
+        skipped: whether the weights stayed: a scaled gradient overflowed, or there was a problem.
+        problem: what was not finite, if the update was skipped for it; else empty.
     """
 
     loss: float
     grad_norm: float | None
     means: dict[str, float]
     skipped: bool
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why an update cannot be made.
+
+    Attributes:
+        words: one sentence: what is not finite, and where.
+        advice: one sentence or more: what to do.
+    """
+
+    words: str
+    advice: str
+
+
+@dataclass
+class Reduced:
+    """Gradients as they will be applied.
+
+    Attributes:
+        absent: nodes that hold no sum.
+        factor: what the nodes' sums are multiplied by.
+        ready: transformed gradients, to be applied as they are; None without a transform.
+        norm: global norm before clipping; NaN if it was not asked for.
+        problem: why they cannot be applied.
+    """
+
+    absent: Absent
+    factor: float
+    ready: dict[int, torch.Tensor] | None
+    norm: float
+    problem: Problem | None = None
 
 
 @dataclass(frozen=True)
 class Synchronous:
     """All replicas agree at every step. The default."""
 
-    def bind(self, model: Model, group: Group, calls: Calls, clock: Clock) -> LiveSynchronous:
-        """Return the live form for one worker."""
-        return LiveSynchronous(model, group, calls, clock)
+    def bind(
+        self, model: Model, group: Group, calls: Calls, clock: Clock, tolerance: Tolerance | None = None
+    ) -> LiveSynchronous:
+        """Return the live form for one worker; without a tolerance it stops at what is not finite."""
+        return LiveSynchronous(model, group, calls, clock, tolerance if tolerance is not None else Tolerance("stop"))
 
 
 class LiveSynchronous:
-    """One worker's side of synchronous agreement."""
+    """One worker's side of synchronous agreement.
 
-    def __init__(self, model: Model, group: Group, calls: Calls, clock: Clock):
+    Attributes:
+        tolerance: what becomes of updates that are not finite.
+    """
+
+    def __init__(self, model: Model, group: Group, calls: Calls, clock: Clock, tolerance: Tolerance):
         self._model = model
         self._group = group
         self._calls = calls
         self._clock = clock
+        self.tolerance = tolerance
 
     def update(self, request: Request, part: Part) -> Outcome:
-        """Make one update. Collective.
+        """Make one update, or skip it. Collective.
 
         Raises:
             EditedWeightsError: weights were changed outside of it.
-            NonFiniteError: a replica's loss is NaN or infinite.
+            NonFiniteError: a loss or gradient is NaN or infinite, and the update may not be skipped.
             UsageError, MismatchError: the workers' parts do not fit together.
         """
         trained = self._model.trained[request.optimizer]
         presence = trained.gradients.presence()
         alone = self._group.worker.size == 1
         optimizer = request.optimizer, 0 if alone else fingerprint(trained.optimizer)
-        terms = [*optimizer, request.clip_norm, request.scale, request.transform is not None]
-        terms += [request.seeds[1], request.num_samples]
-        value = [terms, part.losses, part.counted, list(part.samples.items()), part.means, part.changed]
+        terms: list[Any] = [*optimizer, request.clip_norm, request.scale, request.transform is not None]
+        terms += [request.seeds[1], request.num_samples, self.tolerance.rule]
+        bad = [[trained.replicas[shard], *which] for shard, *which in trained.gradients.not_finite()]
+        seen = [bad, trained.gradients.finite.huge]
+        value = [terms, part.losses, part.counted, list(part.samples.items()), part.means, part.changed, seen]
         met = self._calls.meet("step.update", request.where, value, presence or b"")
         self._clock.to("update")
         self._model.guard.check()
@@ -137,18 +185,28 @@ class LiveSynchronous:
         losses = sorted((entry for v, _ in met for entry in v[1]))
         samples = {replica: count for v, _ in met for replica, count in v[3]}
         total, counted = self._total(request, [v[2] for v, _ in met], losses, samples)
-        self._check_losses(request, losses)
         trained.reload_if_stale()
-        if trained.area is not None:
-            trained.area.collect()
-        self._model.buffers.merge(samples, {r for v, _ in met for r in v[5]})
         factor = unit_of(request.num_samples) / (total * request.scale) if counted else 1.0 / request.scale
-        absent = _absent(met, trained)
-        norm, applied = self._apply(trained, request, absent, factor)
+        reduced = None
+        problem = None if request.scaled else _problem(request, trained, losses, [b for v, _ in met for b in v[6][0]])
+        if problem is None:
+            if trained.area is not None:
+                trained.area.collect()
+            reduced = self._reduce(trained, request, _absent(met, trained), factor, any(v[6][1] for v, _ in met))
+            problem = reduced.problem
+        if problem is not None and not request.scaled:
+            # All workers know it, and none will read what another folded: no further meeting is needed.
+            self.tolerance.check(request.optimizer, problem.words, problem.advice)
+            self._model.buffers.restore()
+        else:
+            self._model.buffers.merge(samples, {r for v, _ in met for r in v[5]})
+            self._commit(request, trained, reduced if problem is None else None)
         loss = math.fsum(loss * count for _, loss, count in losses) / total / request.scale if total else math.nan
         weights = samples if not counted else _summed(losses)
         means = {name: _mean(met, name, weights) for name in sorted({n for v, _ in met for n in v[4]})}
-        return Outcome(loss, norm, means, not applied)
+        norm = None if request.clip_norm is None else reduced.norm if reduced is not None else math.nan
+        words = problem.words if problem is not None and not request.scaled else ""
+        return Outcome(loss, norm, means, problem is not None, words)
 
     def _check_terms(self, request: Request, terms: Sequence[list]) -> None:
         if all(theirs == terms[0] for theirs in terms):
@@ -162,6 +220,7 @@ class LiveSynchronous:
             "transform",
             "step number",
             f"batch size (here {request.num_samples})",
+            f"nonfinite (here {self.tolerance.rule!r})",
         )
         for rank, theirs in enumerate(terms):
             differing = [name for name, a, b in zip(names, terms[0], theirs, strict=True) if a != b]
@@ -194,48 +253,63 @@ class LiveSynchronous:
             return total, True
         return float(request.num_samples), False
 
-    def _check_losses(self, request: Request, losses: Sequence) -> None:
-        if request.scaled:
-            return
-        for replica, loss, _ in losses:
-            if not math.isfinite(loss):
-                raise NonFiniteError(
-                    f"The loss is {loss} for {request.describe(replica)}. Look at these samples, lower the learning "
-                    f"rate, or clip with step.update(clip_norm=1.0)."
-                )
-
-    def _apply(self, trained: Trained, request: Request, absent: Absent, factor: float) -> tuple[float | None, bool]:
-        """Reduce, clip and update; return the norm, if it was asked for, and whether weights were updated."""
+    def _reduce(self, trained: Trained, request: Request, absent: Absent, factor: float, huge: bool) -> Reduced:
+        """Transform and measure the gradients, as far as asked for, and see that what comes of them is finite."""
         ready = None
         if request.transform is not None:
             ready = self._transformed(trained, request, absent, factor)
         norm = math.nan
         if request.clip_norm is not None or request.scaled:
             norm = self._norm(trained, absent, factor, ready)
-            if not request.scaled and not math.isfinite(norm):
-                raise NonFiniteError(f"The norm of the gradients is {norm} in the step updated at {request.where}.")
-        applied = not request.scaled or math.isfinite(norm)
-        scale = 1.0
-        if applied and request.clip_norm is not None and norm > request.clip_norm:
+            if not math.isfinite(norm):
+                words = f"The norm of the gradients is {norm} in step {request.seeds[1]}, updated at {request.where}."
+                return Reduced(absent, factor, ready, norm, Problem(words, _ADVICE_ON_SUMS))
+        if request.clip_norm is not None and norm > request.clip_norm:
             # As in torch.nn.utils.clip_grad_norm_, a little below the bound rather than above it.
             scale = request.clip_norm / (norm + 1e-6)
-        if applied and ready is not None:
-            trained.update.apply_ready({i: g if scale == 1.0 else g.mul_(scale) for i, g in ready.items()})
-        elif applied:
-            trained.update.apply(trained.sums, absent, factor * scale)
-        if applied:
-            trained.weights.share(self._group)
-        notices = [value for value, _ in self._commit(request, trained if applied else None)]
-        trained.update.settle(notices)
-        self._model.guard.accept_update()
-        return norm if request.clip_norm is not None else None, applied
+            factor *= scale
+            ready = ready and {i: g.mul_(scale) for i, g in ready.items()}
+        reduced = Reduced(absent, factor, ready, norm)
+        unseen = ready is not None and math.isnan(norm)
+        if not request.scaled and (huge or unseen or factor > _LARGEST_FACTOR):
+            reduced.problem = self._overflow(trained, request, reduced)
+        return reduced
 
-    def _commit(self, request: Request, trained: Trained | None) -> list[tuple[Any, bytes]]:
-        notice = trained.update.notice() if trained is not None else None
+    def _overflow(self, trained: Trained, request: Request, reduced: Reduced) -> Problem | None:
+        """Look at the finished gradients, in the precision in which they are used. Collective."""
+        names, parameters = trained.weights.names, trained.weights.parameters
+        chunks = trained.weights.layout.chunks[self._group.worker.rank]
+        finished: Iterable[tuple[int, torch.Tensor | None]] = (
+            (piece.parameter, flat)
+            for index, chunk in enumerate(chunks)
+            for piece, flat in zip(chunk, trained.sums.chunk(index, reduced.absent, reduced.factor), strict=True)
+        )
+        if reduced.ready is not None:
+            finished = reduced.ready.items()
+        bad = [i for i, g in finished if g is not None and not bool(torch.isfinite(g.to(parameters[i].dtype)).all())]
+        met = self._calls.meet("step.update (finite)", "", min(bad, default=None))
+        known = [first for first, _ in met if first is not None]
+        if not known:
+            return None
+        what = "summed over the replicas" if request.transform is None else "after transform"
+        words = f"The gradient of {names[min(known)]!r}, {what}, is NaN or infinite in step {request.seeds[1]}."
+        return Problem(words, _ADVICE_ON_SUMS if request.transform is None else _ADVICE_ON_TRANSFORMS)
+
+    def _commit(self, request: Request, trained: Trained, reduced: Reduced | None) -> None:
+        """Update the weights, or leave them where `reduced` is None; meet when all are done."""
+        notice = None
+        if reduced is not None:
+            if reduced.ready is not None:
+                trained.update.apply_ready(reduced.ready)
+            else:
+                trained.update.apply(trained.sums, reduced.absent, reduced.factor)
+            trained.weights.share(self._group)
+            notice = trained.update.notice()
         frame = b"" if notice is None else wire.pack(notice)
         met = self._calls.meet("step.update (commit)", request.where, None, frame)
         self._clock.to("update")
-        return [(wire.unpack(f) if f else None, f) for _, f in met]
+        trained.update.settle([wire.unpack(f) if f else None for _, f in met])
+        self._model.guard.accept_update()
 
     def _transformed(
         self, trained: Trained, request: Request, absent: Absent, factor: float
@@ -311,6 +385,37 @@ class LiveSynchronous:
         for parameter in sorted(per_tensor):
             total += per_tensor[parameter]
         return math.sqrt(total) * (factor if ready is None else 1.0)
+
+
+_ADVICE_ON_LOSSES = "Look at these samples, lower the learning rate, or clip with step.update(clip_norm=1.0)."
+_ADVICE_ON_GRADIENTS = (
+    "Look at these samples, or lower the learning rate; torch.autograd.set_detect_anomaly(True) names the operation."
+)
+_ADVICE_ON_SUMS = "Each replica's gradients are finite: lower the learning rate, or scale the loss down."
+_ADVICE_ON_TRANSFORMS = "Look at what transform does, and at gradients of zero."
+
+
+def _problem(request: Request, trained: Trained, losses: Sequence, bad: Sequence[list[int]]) -> Problem | None:
+    """Return the first loss or gradient that is not finite.
+
+    Args:
+        request: the update.
+        trained: what is updated.
+        losses: (replica, loss, count).
+        bad: [replica, first parameter, last parameter, number of parameters].
+    """
+    for replica, loss, _ in losses:
+        if not math.isfinite(loss):
+            return Problem(f"The loss is {loss} for {request.describe(replica)}.", _ADVICE_ON_LOSSES)
+    if not bad:
+        return None
+    replica, first, last, count = min(bad)
+    names, where = trained.weights.names, request.describe(replica)
+    if count == 1:
+        what = f"The gradient of {names[first]!r} is"
+    else:
+        what = f"The gradients of {count} parameters, {names[first]!r} to {names[last]!r}, are"
+    return Problem(f"{what} NaN or infinite in {where}.", _ADVICE_ON_GRADIENTS)
 
 
 def unit_of(num_samples: int) -> float:

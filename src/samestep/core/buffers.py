@@ -122,6 +122,13 @@ class Buffers:
                 self._memory[where].view(dtype).copy_(_mean([e[where].view(dtype) for e in ends], weights))
         self._dirty = False
 
+    def restore(self) -> None:
+        """Give the buffers the values of the pass's start, as if it had not been."""
+        if self.num_bytes:
+            self._reattach()
+            self._memory.copy_(self._start)
+            self._dirty = False
+
     def _find(self, modules: Sequence[tuple[str, torch.nn.Module]]) -> list[tuple]:
         """Return (dtype of the mean or None, name, home, key, buffer), those merged alike next to each other."""
         entries, seen = [], set()

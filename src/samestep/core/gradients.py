@@ -6,6 +6,8 @@ this worker's buffers in the order of the tree (`tree.Script`). The gradient its
 A leaf is the sum of all that arrives in its shard. A hook may fire more than once per shard, so the first shard in
 which a parameter is seen counts arrivals and folds at the end of the shard. Parameters that arrive once are folded in
 the hook from then on; the others always at the end.
+
+Each leaf is looked at before it is added: a NaN in a sum could not be traced to its replica.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from samestep.core.finite import Finite, Found, chunks_of
 from samestep.core.group import ALIGNMENT, GradientArea
 from samestep.core.tree import Leaf, Script
 from samestep.core.weights import Weights, placed, sum_dtype
@@ -26,14 +29,29 @@ _COUNTING, _ONCE, _MANY = range(3)
 class _Sums:
     """Buffers of one parameter: a partial sum each, or nothing."""
 
-    __slots__ = ("arrivals", "dtype", "full", "gradients", "hook", "mode", "name", "parameter", "places", "stride")
+    __slots__ = (
+        "arrivals",
+        "chunks",
+        "dtype",
+        "full",
+        "gradients",
+        "hook",
+        "index",
+        "mode",
+        "name",
+        "parameter",
+        "places",
+        "stride",
+    )
 
-    def __init__(self, gradients: Gradients, name: str, parameter: torch.nn.Parameter, places: dict, many: bool):
+    def __init__(self, gradients: Gradients, index: int, parameter: torch.nn.Parameter, places: dict, many: bool):
         self.gradients = gradients
-        self.name = name
+        self.index = index
+        self.name = gradients.names[index]
         self.parameter = parameter
         self.dtype = sum_dtype(parameter.dtype)
         self.places = places
+        self.chunks = {number: chunks for number, place in places.items() if (chunks := chunks_of(place)) is not None}
         self.stride = parameter.stride()
         self.full: list[torch.Tensor | None] = [None] * gradients.script.num_buffers
         self.hook: RemovableHandle | None = None
@@ -64,13 +82,25 @@ class _Sums:
                     f"The gradient of {self.name!r} is sparse, which cannot be added in the order of the tree. "
                     f"Use sparse=False in its Embedding."
                 )
-            self.add(leaf.buffer, gradient)
+            self.add_leaf(leaf.buffer, gradient)
             self.gradients.num_folded += 1
         for target, source in leaf.merges:
             done = self.full[source]
             if done is not None:
                 self.add(target, done)
                 self.full[source] = None
+
+    def add_leaf(self, buffer: int, gradient: torch.Tensor) -> None:
+        """Look at the gradient of the current leaf, and add it."""
+        gradients = self.gradients
+        chunks = self.chunks.get(buffer)
+        if chunks is not None and self.full[buffer] is None and self._is_plain(gradient):
+            gradients.finite.copy(gradients.shard, self.index, gradient, chunks)
+            self.full[buffer] = self.places[buffer]
+            return
+        if gradients.hooked:
+            gradients.finite.look(gradients.shard, self.index, gradient)
+        self.add(buffer, gradient)
 
     def add(self, buffer: int, gradient: torch.Tensor) -> None:
         held = self.full[buffer]
@@ -80,6 +110,11 @@ class _Sums:
             self.full[buffer] = self.places[buffer].copy_(gradient)
         else:
             self.full[buffer] = self._own(gradient)
+
+    def _is_plain(self, gradient: torch.Tensor) -> bool:
+        """Return whether the gradient's memory is as it seems, so that NumPy can copy it."""
+        alike = type(gradient) is torch.Tensor and gradient.dtype == self.dtype
+        return alike and gradient.is_contiguous() and not gradient.is_neg()
 
     def _own(self, gradient: torch.Tensor) -> torch.Tensor:
         """Keep autograd's own tensor where its memory order is the parameter's: no copy."""
@@ -99,8 +134,13 @@ class Gradients:
 
     Attributes:
         script: how this worker folds its leaves.
+        names: one per parameter.
+        shard: number of the current shard among this worker's.
         leaf: the leaf that the current shard is.
         num_folded: gradients folded in this pass.
+        finite: what was seen in the gradients of this pass.
+        hooked: whether gradients are folded while backward runs. A lone worker with one replica has nothing to add:
+            its gradients can wait for the end of the shard, and are looked at together.
     """
 
     def __init__(self, weights: Weights, script: Script, area: GradientArea | None, many: bool = False):
@@ -114,23 +154,26 @@ class Gradients:
             many: treat every parameter as one whose gradient arrives several times per shard.
         """
         self.script = script
+        self.names = weights.names
+        self.shard = 0
         self.leaf = script.leaves[0] if script.leaves else Leaf(0, ())
         self.num_folded = 0
+        self.finite = Finite(weights.parameters)
+        self.hooked = area is not None or len(script.leaves) > 1
         self._sums: list[_Sums] = []
-        for name, parameter, offset in zip(weights.names, weights.parameters, weights.layout.sum_offsets, strict=True):
+        for index, (parameter, offset) in enumerate(zip(weights.parameters, weights.layout.sum_offsets, strict=True)):
             places = {}
             if area is not None:
                 dtype = sum_dtype(parameter.dtype)
                 buffers = zip(script.node_buffers, area.mine, strict=True)
                 places = {number: placed(memory, offset, parameter.data, dtype) for number, memory in buffers}
-            self._sums.append(_Sums(self, name, parameter, places, many))
+            self._sums.append(_Sums(self, index, parameter, places, many))
         self._num_trainable = 0
         self._before = 0
-        # A lone worker with one replica has nothing to add: gradients can wait for the end of the shard.
-        self._hooked = area is not None or len(script.leaves) > 1
 
     def begin_pass(self) -> None:
         """Forget all sums."""
+        self.finite.begin_pass()
         self.num_folded = self._num_trainable = 0
         empty = [None] * self.script.num_buffers
         for sums in self._sums:
@@ -139,11 +182,12 @@ class Gradients:
             sums.parameter.grad = None
             if sums.parameter.requires_grad:
                 self._num_trainable += 1
-                if sums.hook is None and self._hooked:
+                if sums.hook is None and self.hooked:
                     sums.hook = sums.parameter.register_post_accumulate_grad_hook(sums.arrive)
 
     def begin_shard(self, index: int) -> None:
         """Start the shard that is this worker's leaf number `index`."""
+        self.shard = index
         self.leaf = self.script.leaves[index]
         self._before = self.num_folded
 
@@ -152,6 +196,7 @@ class Gradients:
         if self.num_folded - self._before == self._num_trainable:
             for sums in self._sums:
                 sums.arrivals = 0
+            self.finite.end_shard()
             return
         for sums in self._sums:
             if sums.mode != _ONCE or not sums.arrivals:
@@ -159,12 +204,19 @@ class Gradients:
                 if sums.mode == _COUNTING and sums.arrivals:
                     sums.mode = _ONCE if sums.arrivals == 1 else _MANY
             sums.arrivals = 0
+        self.finite.end_shard()
 
     def presence(self) -> bytes | None:
         """Return, for each node and parameter, 1 if any leaf of the node used the parameter; None if all did."""
         if self.num_folded == len(self._sums) * len(self.script.leaves):
             return None
         return bytes(s.full[buffer] is not None for buffer in self.script.node_buffers for s in self._sums)
+
+    def not_finite(self) -> Found:
+        """Return this worker's shards in which a gradient is NaN or infinite, and which parameters'."""
+        if not self.hooked:
+            self.finite.look_at_all(self.held())
+        return self.finite.found()
 
     def held(self) -> Sequence[torch.Tensor | None]:
         """Return the sums of a lone worker, one per parameter (None where no replica used it)."""

@@ -53,6 +53,7 @@ class Trained:
     Attributes:
         optimizer: the user's.
         weights, gradients, sums, update: its mechanism; see their classes.
+        replicas: those this worker plays.
         num_nodes: for each worker, how many nodes of the tree it folds.
         area_bytes: gradient memory of all workers of the group.
     """
@@ -78,6 +79,7 @@ class Trained:
         runs = [run_of(w, size, options.num_replicas) for w in range(size)]
         scripts = [tree.script_of(run, options.num_replicas) for run in runs]
         script, area = scripts[group.worker.rank], None
+        self.replicas = runs[group.worker.rank]
         self.num_nodes = [len(s.nodes) for s in scripts]
         self.area_bytes = sum(s.num_buffers for s in scripts) * layout.sum_bytes
         if size > 1:

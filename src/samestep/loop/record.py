@@ -15,6 +15,7 @@ from samestep.loop.reporter import Reporter
 from samestep.loop.saves import Saves
 
 _PROGRESS_SECONDS = 0.2
+_SKIPS_TOLD = 5
 
 
 class Record:
@@ -35,6 +36,7 @@ class Record:
         self._trained_seconds = 0.0
         self._num_samples = 0
         self._memory: list[int] = []
+        self._num_skipped = 0
         self.num_steps = 0
         self.notes: list[str] = []
         self.logged: dict[str, float] = {}
@@ -49,6 +51,13 @@ class Record:
         self.notes.append(text)
         if self._worker.is_first:
             self._reporter.note(text)
+
+    def skipped(self, problem: str) -> None:
+        """Tell of an update that was skipped; the first few are enough."""
+        self._num_skipped += 1
+        if self._num_skipped <= _SKIPS_TOLD:
+            last = " Further ones are skipped silently." if self._num_skipped == _SKIPS_TOLD else ""
+            self.note(f"An update was skipped. {problem}{last}")
 
     def timed(self, num_samples: int, seconds: float) -> None:
         """Take the duration of a step that was really made (not replayed).

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from samestep.agree.nonfinite import Nonfinite, Tolerance
 from samestep.agree.synchronous import Synchronous
 from samestep.core.buffers import Rule
 from samestep.core.calls import line_of_user
@@ -63,6 +64,7 @@ class Run:
         agree: Synchronous | None = None,
         buffers: Rule | Mapping[str, Rule] = "mean",
         arrivals: str = "auto",
+        nonfinite: Nonfinite = "stop",
     ) -> None:
         """Make identical replicas of modules and optimizers on every worker, and register all for checkpoints.
 
@@ -74,6 +76,9 @@ class Run:
             agree: how replicas agree; `Synchronous()` by default.
             buffers: "mean" or "first", or a dict of them by name pattern: how buffers of replicas are merged.
             arrivals: "many" where a parameter's gradient arrives several times in some shards only.
+            nonfinite: what to do where a loss or gradient is NaN or infinite: "stop" with an error that names step,
+                replica, samples and parameter; "skip" the update (`step.skipped` tells); or a number: skip so many in
+                a row at most.
 
         Raises:
             UsageError, MismatchError, SettingsError: something cannot be replicated, or workers built it differently,
@@ -83,6 +88,7 @@ class Run:
             raise UsageError("run.replicate was called twice. Give it everything in one call.")
         if arrivals not in ("auto", "many"):
             raise UsageError(f"You set arrivals={arrivals!r}; use 'auto' or 'many'.")
+        tolerance = Tolerance(nonfinite)
         options = Options(
             num_replicas=self.num_replicas,
             threads=self.recipe.threads,
@@ -93,7 +99,7 @@ class Run:
         session.conditions.begin(session.calls)
         session.model = Model(things, session.group, options)
         bound = agree if agree is not None else Synchronous()
-        session.agreed = bound.bind(session.model, session.group, session.calls, session.clock)
+        session.agreed = bound.bind(session.model, session.group, session.calls, session.clock, tolerance)
         session.keeper.resume()
         if session.keeping.checkpoint is not None:
             session.archive.prepare(session.keeping.checkpoint)

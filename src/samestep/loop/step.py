@@ -64,7 +64,8 @@ class Step:
         grad_norm: after `update(clip_norm=...)`: norm of all gradients before clipping. `clip_norm=math.inf` only
             measures.
         means: after `update`: weighted mean of each number given to `mean`.
-        skipped: after `update(scaler=...)`: whether it was skipped because a gradient overflowed.
+        skipped: after `update`: whether the weights stayed as they were, because a gradient overflowed under a scaler,
+            or was not finite and `run.replicate(nonfinite=...)` lets such updates be skipped.
         pass_: how many updates this step has made.
         left_in: the replica in whose shard the loop was left, if it was.
     """
@@ -210,7 +211,7 @@ class Step:
 
         Raises:
             UsageError: not all shards were run, or settings clash.
-            NonFiniteError: a loss is NaN or infinite.
+            NonFiniteError: a loss or gradient is NaN or infinite, and the update may not be skipped.
             EditedWeightsError: weights were edited outside of `update` and `run.edit()`.
         """
         where = line_of_user()

@@ -88,13 +88,16 @@ class Stepping:
 
         def make() -> list:
             made = session.agreed.update(step.request(index, choices), part)
-            return [made.loss, made.grad_norm, made.means, made.skipped]
+            return [made.loss, made.grad_norm, made.means, made.skipped, made.problem]
 
         for hook in _user_hooks(_global_optimizer_pre_hooks, optimizer._optimizer_step_pre_hooks):
             hook(optimizer, (), {})
         before = session.clock.to("update")
         outcome = Outcome(*session.recorded("update", make, choices.where))
         session.clock.to(before)
+        session.agreed.tolerance.count(index, outcome.problem, choices.where)
+        if outcome.problem and not session.replaying:
+            session.record.skipped(outcome.problem)
         if choices.transform is not None or isinstance(model.trained[index].update, WholeUpdate):
             # User code ran on the owners alone, and may have drawn random numbers there.
             seed_step(session.recipe.seed, step.number)
