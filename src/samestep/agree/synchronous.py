@@ -219,6 +219,8 @@ class LiveSynchronous:
         if applied and request.clip_norm is not None and norm > request.clip_norm:
             # As in torch.nn.utils.clip_grad_norm_, a little below the bound rather than above it.
             scale = request.clip_norm / (norm + 1e-6)
+        if applied:
+            self._model.guard.open()
         if applied and ready is not None:
             trained.update.apply_ready({i: g if scale == 1.0 else g.mul_(scale) for i, g in ready.items()})
         elif applied:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from samestep.errors import PeerError, SamestepError
+from samestep.launching.crash import Crash
 
 SETTINGS_CODE = 2
 """Exit code where settings clash, so that the run did not begin."""
@@ -52,24 +53,37 @@ class Failure:
         )
 
     @classmethod
-    def of_exit(cls, rank: int, pid: int, status: int) -> Failure:
-        """Describe a worker that ended with wait status `status` and left no error of its own."""
+    def of_exit(cls, rank: int, pid: int, status: int, crash: Crash | None = None) -> Failure:
+        """Describe a worker that ended with wait status `status` and left no error of its own.
+
+        Args:
+            rank: the worker.
+            pid: its.
+            status: as `os.waitpid` gives it.
+            crash: what is known of a crash in native code.
+        """
         if not os.WIFSIGNALED(status):
             return cls(
                 message=f"Worker {rank} (pid {pid}) ended with exit code {os.waitstatus_to_exitcode(status)} and gave "
                 "no reason; something in it called os._exit."
             )
         name = signal.Signals(os.WTERMSIG(status)).name
+        frames: list[traceback.FrameSummary] = []
         if name == "SIGKILL":
             why = (
                 "if nobody did that by hand, the machine ran out of memory (the kernel's log tells). Use a smaller "
                 "batch or fewer workers."
             )
         elif name in ("SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGABRT"):
-            why = "native code crashed: torch, or an extension the script uses. Its stack is in that worker's output."
+            crash = crash if crash is not None else Crash()
+            frames = crash.users_frames
+            why = _why_crashed(crash)
         else:
             why = "somebody, or something, sent it that signal."
-        return cls(message=f"Worker {rank} (pid {pid}) was killed by {name}: {why}")
+        return cls(
+            message=f"Worker {rank} (pid {pid}) was killed by {name}: {why}",
+            traceback="".join(traceback.format_list(frames)),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain facts, for a channel."""
@@ -93,6 +107,22 @@ class Failure:
             where = f" in {_workers_in_words(ranks)}" if ranks else ""
             lines.append(f"samestep: the error above happened{where}; the run has ended.")
         return "\n".join(lines)
+
+
+def _why_crashed(crash: Crash) -> str:
+    at = f" at {crash.where}" if crash.where else ""
+    if crash.wrote_protected or crash.wrote_probably:
+        wrote = "it wrote" if crash.wrote_protected else "it probably wrote"
+        otherwise = "" if crash.wrote_protected else " If nothing is written there, native code crashed."
+        return (
+            f"{wrote} to the weights outside of update{at}; they are read-only then under `samestep verify`. Workers "
+            "share one copy of the weights, so such an edit would happen once per worker. Put it into `with "
+            f"run.edit():`, where it happens once, and make views of weights (NumPy's too) inside it.{otherwise}"
+        )
+    return (
+        f"native code crashed{at}: torch, or an extension the script uses. Its stack is in that worker's output, at "
+        "the end."
+    )
 
 
 def _workers_in_words(ranks: list[int]) -> str:
