@@ -74,3 +74,27 @@ def test_an_update_between_forward_and_backward_is_found_by_autograd(watched):
     guard.accept_update()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.backward()
+
+
+class Noting(Solo):
+    """Notes which memories are read-only."""
+
+    def __init__(self):
+        super().__init__()
+        self.closed = set()
+
+    def protect(self, memory, read_only):
+        (self.closed.add if read_only else self.closed.discard)(memory.data_ptr())
+
+
+def test_weights_are_read_only_except_between_open_and_accept(watched):
+    module, _, weights = watched
+    group, everything = Noting(), {weights.memory.data_ptr()}
+    guard = Guard([module], [weights], 0, group)
+    assert group.closed == everything
+    guard.check()
+    assert group.closed == everything
+    guard.open()
+    assert not group.closed
+    guard.accept_update()
+    assert group.closed == everything

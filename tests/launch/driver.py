@@ -160,6 +160,9 @@ class Shared:
         self.num_workers = num_workers
         self._descriptor = os.memfd_create("samestep-test")
 
+    def wrote_protected(self, rank):
+        return False
+
     def close(self):
         os.close(self._descriptor)
 

@@ -1,4 +1,5 @@
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -72,8 +73,21 @@ def test_wrong_settings_have_their_own_exit_code_only_before_the_run(drive):
 def test_a_worker_that_dies_silently_is_named(drive, body, words):
     end = drive(body)
     assert end["code"] == 1
-    assert end["message"].startswith("samestep: Worker 1 (pid ")
+    assert end["message"].partition("samestep: ")[2].startswith("Worker 1 (pid ")
     assert words in end["message"]
+
+
+def test_a_crash_in_native_code_is_told_with_the_users_line_and_its_stack_is_kept(drive):
+    end = drive("crashed")
+    line = 1 + Path(__file__).with_name("driver.py").read_text().splitlines().index(
+        "        os.kill(os.getpid(), signal.SIGSEGV)"
+    )
+    assert f"native code crashed at driver.py:{line}: torch, or" in end["message"]
+    assert f'driver.py", line {line}, in crashed\n    os.kill(' in end["message"]
+    assert "launching" not in end["message"].partition("samestep: ")[0], "frames of samestep are no help"
+    (kept,) = drive.files()
+    assert "Fatal Python error: Segmentation fault" in (drive.folder / kept).read_text()
+    assert end["same_descriptors"]
 
 
 def test_exit_codes_of_the_script_are_honoured(drive):

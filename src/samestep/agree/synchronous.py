@@ -299,6 +299,7 @@ class LiveSynchronous:
         """Update the weights, or leave them where `reduced` is None; meet when all are done."""
         notice = None
         if reduced is not None:
+            self._model.guard.open()
             if reduced.ready is not None:
                 trained.update.apply_ready(reduced.ready)
             else:

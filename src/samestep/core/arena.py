@@ -9,6 +9,7 @@ Control block, one line of 64 bytes per worker, int64 words:
     [0] arrived    number of exchanges this worker has entered; written by it alone, only ever rises
     [1] [2]        length of its message in an even / odd exchange
     [3] asleep     1 while it blocks on its eventfd
+    [4] [5]        what it keeps read-only, and whether it crashed by writing there (`pages`)
 
 and one line before them: [0] the word that `Handles.abort` sets: a worker is gone.
 
@@ -33,11 +34,13 @@ import time
 import torch
 
 from samestep.core.group import SharedMemoryGroup, align
+from samestep.core.pages import WROTE, Pages
 from samestep.core.worker import Worker
 from samestep.errors import PeerError, SettingsError
 
 _LINE = 64
 _WORDS = _LINE // 8
+_PAGES = 4
 _MESSAGE_BYTES = 1 << 16
 _SPIN_SECONDS = 50e-6
 _YIELD_SECONDS = 1e-3
@@ -78,6 +81,15 @@ class Handles:
         for event in self.events:
             os.eventfd_write(event, 1)
 
+    def wrote_protected(self, rank: int) -> bool | None:
+        """Return whether worker `rank`, which crashed, had written to memory that was read-only; None: it may have."""
+        start = _LINE * (1 + rank) + 8 * _PAGES
+        with mmap.mmap(self.control, _control_bytes(len(self.events)), prot=mmap.PROT_READ) as memory:
+            closed, fault = (int.from_bytes(memory[at : at + 8], "little") for at in (start, start + 8))
+        if fault or not closed:
+            return fault == WROTE
+        return None
+
     def close(self) -> None:
         """Close this process's descriptors. The memory goes with the last process that holds it."""
         for descriptor in (self.control, self.data, *self.events):
@@ -105,6 +117,7 @@ class Arena(SharedMemoryGroup):
         self._count = self._words[self._mine]
         self._data_end = 0
         self._maps: list[mmap.mmap] = []
+        self._pages = Pages(self._words, self._mine + _PAGES)
         self._poll = select.poll()
         self._poll.register(handles.events[worker.rank], select.POLLIN)
         # More workers than cores: a spinning worker would keep the one it waits for from running.
@@ -134,6 +147,10 @@ class Arena(SharedMemoryGroup):
         memory = mmap.mmap(self._handles.data, length, offset=start)
         self._maps.append(memory)
         return torch.frombuffer(memory, dtype=torch.uint8)[:num_bytes]
+
+    def protect(self, memory: torch.Tensor, read_only: bool) -> None:
+        # Each allocation is a mapping of its own, so its pages hold nothing else.
+        self._pages.protect(memory, read_only)
 
     def close(self) -> None:
         self._words.release()

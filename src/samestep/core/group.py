@@ -77,6 +77,12 @@ class Group(ABC):
     def share(self, memory: torch.Tensor, runs: Sequence[range]) -> None:
         """Make the owners' runs of `memory` (bytes, disjoint) visible to every worker. Not a barrier."""
 
+    def protect(self, memory: torch.Tensor, read_only: bool) -> None:  # noqa: B027
+        """Make `memory`, as allocated, read-only for this worker, or writable again.
+
+        A write then kills the worker. Does nothing where other things may lie on the same pages.
+        """
+
     def close(self) -> None:  # noqa: B027
         """Give back what the group holds. The group cannot be used afterwards."""
 

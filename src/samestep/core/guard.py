@@ -2,7 +2,8 @@
 
 Weights are shared by the workers of a host, so an edit by user code would happen once per worker. Each worker looks at
 what PyTorch knows (identity, address, version counter); owners also compare a few elements of what they own, since
-writes through `.data`, NumPy or DLPack leave no trace in the version.
+writes through `.data`, NumPy or DLPack leave no trace in the version. Under `samestep verify` the weights are read-only
+between updates, so that a write anywhere kills the worker, and its line is known.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from samestep.core.group import Group
 from samestep.core.weights import Weights
 from samestep.errors import EditedWeightsError
 
@@ -20,8 +22,23 @@ _SAMPLES_PER_PIECE = 8
 class Guard:
     """Watches the weights of one worker."""
 
-    def __init__(self, modules: Sequence[torch.nn.Module], weights: Sequence[Weights], rank: int):
-        """Watch `weights`; the places in `modules` where a parameter hangs are watched too."""
+    def __init__(
+        self,
+        modules: Sequence[torch.nn.Module],
+        weights: Sequence[Weights],
+        rank: int,
+        protector: Group | None = None,
+    ):
+        """Watch `weights`; the places in `modules` where a parameter hangs are watched too.
+
+        Args:
+            modules: the replicated modules.
+            weights: all that was moved into the group's memory.
+            rank: this worker's.
+            protector: the group, where the weights shall be read-only while nobody may write to them.
+        """
+        self._memories = [w.memory for w in weights]
+        self._protector = protector
         self._named = [(name, p) for w in weights for name, p in zip(w.names, w.parameters, strict=True)]
         self._parameters = [p for _, p in self._named]
         self._addresses = [p.data_ptr() for p in self._parameters]
@@ -41,6 +58,11 @@ class Guard:
         self._versions = [p._version for p in self._parameters]
         for samples in self._samples:
             samples.take()
+        self._protect(True)
+
+    def open(self) -> None:
+        """Let the weights be written, until they are accepted."""
+        self._protect(False)
 
     def accept_update(self) -> None:
         """Take the weights after an update, and let autograd know that they changed."""
@@ -65,6 +87,11 @@ class Guard:
             raise EditedWeightsError(f"{name!r} was edited in place outside update. {_ADVICE}")
         for samples in self._samples:
             samples.check()
+
+    def _protect(self, read_only: bool) -> None:
+        if self._protector is not None:
+            for memory in self._memories:
+                self._protector.protect(memory, read_only)
 
 
 _ADVICE = (

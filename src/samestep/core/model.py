@@ -39,12 +39,14 @@ class Options:
         threads: intra-op threads of each worker.
         buffers: how buffers of replicas are merged (see `Buffers`).
         many_arrivals: fold every gradient at the end of its shard.
+        read_only: between updates a write to the weights kills the worker, where the group can do that.
     """
 
     num_replicas: int
     threads: int = 1
     buffers: Rule | Mapping[str, Rule] = "mean"
     many_arrivals: bool = False
+    read_only: bool = False
 
 
 class Trained:
@@ -176,7 +178,7 @@ class Model:
         self._frozen = self._share_frozen(names, set(taken), group)
         self.buffers = Buffers(self.modules, group, options.num_replicas, options.buffers)
         weights = [t.weights for t in self.trained] + self._frozen
-        self.guard = Guard(modules, weights, group.worker.rank)
+        self.guard = Guard(modules, weights, group.worker.rank, group if options.read_only else None)
         self._weights = weights
         self._held = {id(p) for w in weights for p in w.parameters}
         give_back()  # the tensors that the parameters were built in
@@ -215,6 +217,7 @@ class Model:
 
     def release(self) -> None:
         """Take all hooks off; modules and optimizers are the user's alone again."""
+        self.guard.open()
         for trained in self.trained:
             trained.release()
 

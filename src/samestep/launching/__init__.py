@@ -12,6 +12,7 @@
     channel     frames from worker to supervisor, and from zygote to caller
     script      a file run as `__main__`
     failure     the one error that a user sees
+    crash       what is known of a worker that died in native code
     output      where the prints of workers go
     environment what is read from, and set in, the environment of processes
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from samestep.errors import PeerError, SamestepError
+from samestep.launching.crash import Crash
 
 SETTINGS_CODE = 2
 """Exit code where settings clash, so that the run did not begin."""
@@ -55,12 +56,14 @@ class Failure:
         )
 
     @classmethod
-    def of_exit(cls, rank: int, pid: int, status: int, by_kernel: bool = False) -> Failure:
+    def of_exit(cls, rank: int, pid: int, status: int, crash: Crash | None = None) -> Failure:
         """Describe a worker that ended with wait status `status` and left no error of its own.
 
         Args:
-            rank, pid, status: which, and how it ended.
-            by_kernel: the kernel killed a process for want of memory meanwhile.
+            rank: the worker.
+            pid: its.
+            status: as `os.waitpid` gives it.
+            crash: what is known of its end.
         """
         if not os.WIFSIGNALED(status):
             return cls(
@@ -68,7 +71,9 @@ class Failure:
                 "no reason; something in it called os._exit."
             )
         name = signal.Signals(os.WTERMSIG(status)).name
-        if name == "SIGKILL" and by_kernel:
+        crash = crash if crash is not None else Crash()
+        frames: list[traceback.FrameSummary] = []
+        if name == "SIGKILL" and crash.by_kernel:
             return cls(
                 message=f"Worker {rank} (pid {pid}) was killed by the kernel for want of memory: use more replicas "
                 "(smaller shards), fewer workers or a smaller model."
@@ -79,10 +84,14 @@ class Failure:
                 "batch or fewer workers."
             )
         elif name in ("SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE", "SIGABRT"):
-            why = "native code crashed: torch, or an extension the script uses. Its stack is in that worker's output."
+            frames = crash.users_frames
+            why = _why_crashed(crash)
         else:
             why = "somebody, or something, sent it that signal."
-        return cls(message=f"Worker {rank} (pid {pid}) was killed by {name}: {why}")
+        return cls(
+            message=f"Worker {rank} (pid {pid}) was killed by {name}: {why}",
+            traceback="".join(traceback.format_list(frames)),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain facts, for a channel."""
@@ -114,6 +123,22 @@ def _may_pass(error: BaseException) -> bool:
         return error.__cause__ is not None and _may_pass(error.__cause__)
     return isinstance(error, OSError | MemoryError | RuntimeError) and not isinstance(
         error, NotImplementedError | RecursionError
+    )
+
+
+def _why_crashed(crash: Crash) -> str:
+    at = f" at {crash.where}" if crash.where else ""
+    if crash.wrote_protected or crash.wrote_probably:
+        wrote = "it wrote" if crash.wrote_protected else "it probably wrote"
+        otherwise = "" if crash.wrote_protected else " If nothing is written there, native code crashed."
+        return (
+            f"{wrote} to the weights outside of update{at}; they are read-only then under `samestep verify`. Workers "
+            "share one copy of the weights, so such an edit would happen once per worker. Put it into `with "
+            f"run.edit():`, where it happens once, and make views of weights (NumPy's too) inside it.{otherwise}"
+        )
+    return (
+        f"native code crashed{at}: torch, or an extension the script uses. Its stack is in that worker's output, at "
+        "the end."
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import os
 import sys
 import tempfile
@@ -36,6 +38,8 @@ class WorkerOutput:
         self.pipes: dict[int, int] = {}
         self._targets: dict[int, int] = {}
         self._file: BinaryIO | None = None
+        # Of its own, so that the supervisor can read it without what the worker prints.
+        self._stack = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  lives as long as the worker
         if rank > 0 or plumbing.hidden:
             self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  lives as long as the worker
             return
@@ -46,6 +50,8 @@ class WorkerOutput:
 
     def enter(self) -> None:
         """In the forked worker: make this its output. Lines leave at once, so a killed worker loses none."""
+        with contextlib.suppress(OSError, ValueError):
+            faulthandler.enable(os.dup(self._stack.fileno()))
         unseen = {1: self._file.fileno(), 2: self._file.fileno()} if self._file is not None else {}
         for stream, target in (unseen or self._targets).items():
             os.dup2(target, stream)
@@ -75,17 +81,19 @@ class WorkerOutput:
         return b"".join(parts)
 
     def text(self) -> bytes:
-        """Return all that went into the file."""
-        if self._file is None:
-            return b""
-        size = os.fstat(self._file.fileno()).st_size
-        return os.pread(self._file.fileno(), size, 0)
+        """Return all that went into the file, then the stack of a crash."""
+        return (b"" if self._file is None else _content(self._file)) + _content(self._stack)
+
+    def stack(self) -> str:
+        """Return what faulthandler wrote when the worker crashed; empty if it did not."""
+        return _content(self._stack).decode(errors="replace")
 
     def close(self) -> None:
         """Give back every descriptor of this process."""
         if self._file is not None:
             self._file.close()
             self._file = None
+        self._stack.close()
         for descriptor in (*self.pipes.values(), *self._targets.values()):
             os.close(descriptor)
         self.pipes, self._targets = {}, {}
@@ -133,6 +141,10 @@ def keep(outputs: list[WorkerOutput], folder: str | None) -> str | None:
         with open(os.path.join(place, f"worker-{rank}.txt"), "wb") as file:
             file.write(text)
     return place
+
+
+def _content(file: BinaryIO) -> bytes:
+    return os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0)
 
 
 def _flush() -> None:

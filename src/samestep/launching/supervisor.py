@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from samestep.launching import zygote
 from samestep.launching.channel import Frame, channel
 from samestep.launching.context import WorkerContext
+from samestep.launching.crash import Crash
 from samestep.launching.failure import SETTINGS_CODE, Failure
 from samestep.launching.injector import Injector
 from samestep.launching.leftovers import end_orphans
@@ -54,7 +55,8 @@ class Fleet:
     Attributes:
         body: what each worker does.
         context: facts for each worker's context, beside rank, number, sender and what is shared.
-        share: makes what the workers share, given their number; the result has `close()`.
+        share: makes what the workers share, given their number; the result has `close()`, and `wrote_protected(rank)`:
+            whether that worker, which has died, wrote to read-only memory (None: it may have).
         plumbing: what happens to the first worker's output.
         run_folder: where the others' output goes; None keeps it only after a failure.
         snapshots: where the newest state is kept; with it, a fleet that loses a worker is started again.
@@ -132,6 +134,7 @@ class _Supervisor:
         self._restarts = restarts
         self._num_workers = num_workers
         self._members: list[_Member] = []
+        self._shared: Any = None
         self._selector = selectors.DefaultSelector()
         self._verdict = Verdict(num_workers)
         self._signals: list[int] = []
@@ -143,6 +146,7 @@ class _Supervisor:
     def run(self) -> Outcome:
         """Fork, watch, and give the outcome when every process is gone and every descriptor closed."""
         shared = self._fleet.share(self._num_workers) if self._fleet.share and self._num_workers > 1 else None
+        self._shared = shared
         try:
             with _signals_into(self._signals) as wake:
                 self._selector.register(wake, selectors.EVENT_READ, lambda: wake.recv(64))
@@ -281,8 +285,10 @@ class _Supervisor:
             self._show(member, stream)
             _forget(self._selector, pipe)
         if not self._is_ending:
+            wrote = self._shared.wrote_protected(member.rank) if self._shared is not None else False
             by_kernel = self._fleet.num_oom_kills() > self._num_oom_kills
-            self._do(self._verdict.died(member.rank, member.pid, status, member.told_end, by_kernel))
+            crash = Crash(dump=member.output.stack(), wrote_protected=wrote, by_kernel=by_kernel)
+            self._do(self._verdict.died(member.rank, member.pid, status, member.told_end, crash))
 
     def _do(self, action: Action) -> None:
         if action is Action.END_SOON and self._deadline is None:

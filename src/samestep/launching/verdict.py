@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
+from samestep.launching.crash import Crash
 from samestep.launching.failure import Failure
 
 
@@ -81,17 +82,11 @@ class Verdict:
         )
         return Action.END_SOON
 
-    def died(self, rank: int, pid: int, status: int, told: bool, by_kernel: bool = False) -> Action:
-        """A worker's process ended with wait status `status`.
-
-        Args:
-            rank, pid, status: which, and how it ended.
-            told: it had said that it would, and why.
-            by_kernel: the kernel killed a process for want of memory meanwhile.
-        """
+    def died(self, rank: int, pid: int, status: int, told: bool, crash: Crash | None = None) -> Action:
+        """A worker's process ended with wait status `status`; `told` if it had said that and why."""
         if told and os.WIFEXITED(status):
             return Action.GO_ON
-        return self.failed(Failure.of_exit(rank, pid, status, by_kernel))
+        return self.failed(Failure.of_exit(rank, pid, status, crash))
 
     def interrupted(self, number: int) -> Action:
         """The supervisor got a signal."""

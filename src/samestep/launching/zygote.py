@@ -8,7 +8,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
-import faulthandler
 import gc
 import importlib
 import os
@@ -111,8 +110,6 @@ def _live(context: WorkerContext, body: Body) -> int:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     # A terminal sends Ctrl-C to every process; the supervisor decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with contextlib.suppress(OSError, ValueError):
-        faulthandler.enable(2)
     enter(context)
     try:
         code = _outcome(context, body)

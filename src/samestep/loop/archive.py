@@ -79,6 +79,7 @@ class Archive:
         self._check(saved)
         writes = self._group.worker.is_first or not self._group.shares_memory
         self._group.exchange(b"")
+        self._model.guard.open()
         facts = saved.facts["model"]
         targets = self._tensors()
         for name, tensor in (*saved.weights.items(), *saved.state.items()):

@@ -94,6 +94,7 @@ class Run:
             threads=self.recipe.threads,
             buffers=buffers,
             many_arrivals=arrivals == "many",
+            read_only=self._session.keeping.trace is not None,
         )
         session = self._session
         session.conditions.begin(session.calls)
@@ -227,6 +228,8 @@ class Run:
             model.detach()
         # None may edit before all have checked, and copied what is there to edit.
         session.calls.meet("run.edit (begin)", "")
+        if writes:
+            model.guard.open()
         try:
             with torch.no_grad():
                 yield
