@@ -56,9 +56,12 @@ class Stepping:
         try:
             while True:
                 begin = time.perf_counter()
+                clock.begin_step(session.record.num_steps)
                 before = clock.to("data")
-                loaded = next(stream, None)
-                clock.to(before)
+                try:
+                    loaded = next(stream, None)
+                finally:
+                    clock.to(before)
                 if loaded is None:
                     break
                 batch, shards = loaded
@@ -87,8 +90,11 @@ class Stepping:
         for hook in _user_hooks(_global_optimizer_pre_hooks, optimizer._optimizer_step_pre_hooks):
             hook(optimizer, (), {})
         before = session.clock.to("update")
-        outcome = Outcome(*session.recorded("update", make, choices.where))
-        session.clock.to(before)
+        try:
+            outcome = Outcome(*session.recorded("update", make, choices.where))
+        finally:
+            session.clock.to(before)
+        session.clock.end_step()
         if choices.transform is not None or isinstance(model.trained[index].update, WholeUpdate):
             # User code ran on the owners alone, and may have drawn random numbers there.
             seed_step(session.recipe.seed, step.number)

@@ -8,7 +8,7 @@ import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypedDict, Unpack
 
 from samestep.errors import SamestepError, SettingsError, UsageError, WorkerError
 from samestep.launching import caller, environment, payload, script, zygote
@@ -27,6 +27,14 @@ _earlier: list[bytes] = []
 """Results of the launch calls of this process, packed; empty bytes for one that failed."""
 
 
+class Saving(TypedDict, total=False):
+    """What a run writes down and goes on from; `launch` says what each is."""
+
+    checkpoint: str | os.PathLike[str] | None
+    every: int | None
+    resume: str | os.PathLike[str] | None
+
+
 def launch(
     main: Callable[[Any], Any],
     *,
@@ -34,9 +42,8 @@ def launch(
     workers: int | None = None,
     seed: int = 0,
     threads: int = 1,
-    checkpoint: str | os.PathLike[str] | None = None,
-    every: int | None = None,
-    resume: str | os.PathLike[str] | None = None,
+    hang_after: float | None = None,
+    **saving: Unpack[Saving],
 ) -> Any:
     """Train: call `main(run)` on every worker, and return what it returned.
 
@@ -51,6 +58,8 @@ def launch(
         workers: processes to start; default one per core, at most `replicas`.
         seed: of every random number.
         threads: intra-op threads of each worker, part of the recipe.
+        hang_after: seconds without progress after which a worker is replaced, or 8 times the usual step if that is
+            longer; default 5; 0 for never.
         checkpoint: folder for checkpoints.
         every: steps between checkpoints.
         resume: checkpoint, or folder of them, to go on from.
@@ -68,14 +77,18 @@ def launch(
             f"launch() was given {main!r}. Give it the function itself, without calling it: launch(main), not "
             "launch(main())."
         )
+    if unknown := sorted(saving.keys() - Saving.__annotations__.keys()):
+        raise TypeError(f"launch() got an unexpected keyword argument {unknown[0]!r}")
+    checkpoint, resume = saving.get("checkpoint"), saving.get("resume")
     asked = Options(
         workers=workers,
         replicas=replicas,
         threads=threads,
         seed=seed,
         checkpoint=os.fspath(checkpoint) if checkpoint is not None else None,
-        every=every,
+        every=saving.get("every"),
         resume=os.fspath(resume) if resume is not None else None,
+        hang_after=hang_after,
         device=environment.device_kind(),
     )
     context = current()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -24,6 +25,7 @@ class Options:
         every: steps between checkpoints.
         resume: checkpoint to go on from.
         device: "cpu" or "cuda".
+        hang_after: seconds after which a worker that makes no progress counts as hung; 0 for never.
         trace: steps to record tensor digests of, then stop.
     """
 
@@ -35,6 +37,7 @@ class Options:
     every: int | None = None
     resume: str | None = None
     device: str | None = None
+    hang_after: float | None = None
     trace: int | None = None
 
     def over(self, weaker: Options) -> Options:
@@ -82,6 +85,11 @@ class Options:
             Keeping(every=self.every, checkpoint=self.checkpoint if self.checkpoint is not None else "unknown yet")
         if self.device is not None and self.device not in DEVICES:
             raise SettingsError(f"You set device={self.device!r}. Use one of {' and '.join(DEVICES)}.")
+        if self.hang_after is not None and not _is_seconds(self.hang_after):
+            raise SettingsError(
+                f"You set hang_after={self.hang_after!r}. Use seconds above 0, as in --hang-after 60, or 0 to let a "
+                "silent worker be."
+            )
         workers = self.workers
         if workers is None:
             return
@@ -121,3 +129,7 @@ class Options:
         if isinstance(self.replicas, int):
             return min(num_available, self.replicas)
         return num_available
+
+
+def _is_seconds(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value < math.inf

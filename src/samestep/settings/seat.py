@@ -17,7 +17,9 @@ Main = Callable[[Any], Any]
 """The user's function; takes the `Run`."""
 
 
-def play(main: Main, options: Options, group: Any, reporter: Any, snapshots: Any = None) -> tuple[Any, dict[str, Any]]:
+def play(
+    main: Main, options: Options, group: Any, reporter: Any, snapshots: Any = None, pulse: Any = None
+) -> tuple[Any, dict[str, Any]]:
     """Call the user's function with a run.
 
     Args:
@@ -26,6 +28,7 @@ def play(main: Main, options: Options, group: Any, reporter: Any, snapshots: Any
         group: how this worker reaches the others.
         reporter: where progress goes.
         snapshots: where the newest state is kept outside of the workers, or None.
+        pulse: where this worker shows that it makes progress, or None.
 
     Returns:
         What the function returned, and the facts of the run (complete on the first worker).
@@ -40,7 +43,7 @@ def play(main: Main, options: Options, group: Any, reporter: Any, snapshots: Any
     keep_freed()
     recipe = options.recipe()
     torch.set_num_threads(recipe.threads)
-    session = Session(recipe, options.keeping(), group, reporter, snapshots)
+    session = Session(recipe, options.keeping(), group, reporter, snapshots, pulse)
     seed_start(recipe.seed)
     result = main(Run(session))
     return result, session.finish(result)
@@ -64,7 +67,8 @@ def take_part(context: WorkerContext, main: Main, asked: Options) -> Any:
     if context.group is None:
         context.group = _group(worker, context.shared)
     if worker.is_first:
-        context.sender.send("seated", {"num_workers": worker.size, "run_folder": options.checkpoint})
+        limits = {"hang_after": options.hang_after}
+        context.sender.send("seated", {"num_workers": worker.size, "run_folder": options.checkpoint, **limits})
     from samestep.loop.session import TraceEnded
 
     # Of several launch calls in a script only the first is kept in memory: it is the one that a new fleet comes to.
@@ -74,7 +78,7 @@ def take_part(context: WorkerContext, main: Main, asked: Options) -> Any:
     context.is_playing = True
     try:
         reporter = ChannelReporter(context.sender, context.unmute)
-        result, facts = play(main, options, context.group, reporter, snapshots)
+        result, facts = play(main, options, context.group, reporter, snapshots, context.pulse)
     except TraceEnded:
         context.leave()
     context.is_playing = False
