@@ -17,8 +17,8 @@ class Pulse(Protocol):
     def shard(self, step: int, replica: int) -> None:
         """Note which shard comes next; -1 for none."""
 
-    def begin(self, step: int, now: float) -> None:
-        """Note that a step begins, at `now` in seconds."""
+    def begin(self, step: int, now: float, first: bool) -> None:
+        """Note that a step begins, at `now` in seconds; `first` of a `run.steps`."""
 
     def end(self, now: float) -> None:
         """Note that the step is made, at `now` in seconds."""
@@ -47,10 +47,10 @@ class Clock:
             self._pulse.beat(phase)
         return before
 
-    def begin_step(self, step: int) -> None:
-        """Say that the work on a step begins."""
+    def begin_step(self, step: int, first: bool) -> None:
+        """Say that the work on a step begins, the `first` of a `run.steps` or not."""
         if self._pulse is not None:
-            self._pulse.begin(step, time.perf_counter())
+            self._pulse.begin(step, time.perf_counter(), first)
 
     def end_step(self) -> None:
         """Say that the step's update is made."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from samestep.launching import stack
-from samestep.launching.patience import Patience
+from samestep.launching.patience import FLOOR, Patience
 from samestep.launching.pulse import Pulses, Reading
 from samestep.launching.stack import StackFile
 
@@ -41,6 +41,7 @@ class Fence:
     def __init__(self) -> None:
         self._patience = Patience()
         self._is_on = False
+        self._call = 0
         self._next_look = 0.0
         self._private_folder: str | None = None
 
@@ -50,14 +51,17 @@ class Fence:
         self._patience.begin()
         self._is_on = False
 
-    def seated(self, hang_after: float | None) -> None:
+    def seated(self, call: int, hang_after: float | None) -> None:
         """Watch from now on: the workers are in a run.
 
         Args:
+            call: number of the launch call.
             hang_after: seconds that the user gives a silent worker at least; 0 is for ever, None the default.
         """
-        if hang_after is not None:
-            self._patience.floor = hang_after
+        if call != self._call:
+            self._call = call
+            self._patience.forget()
+        self._patience.floor = FLOOR if hang_after is None else hang_after
         self._is_on = self._patience.floor > 0
 
     def timeout(self, other: float | None) -> float | None:
@@ -95,8 +99,10 @@ class Fence:
         if found.phase == "data":
             line, loader, more = _in_loaders(member, line)
             text += more
+        # One is enough: its death ends this fleet.
+        self._is_on = False
         seconds = self._patience.silence(found.rank)
-        head = f"Worker {found.rank} (pid {member.pid}) hung {_where(found, loader)}{line and f' at {line}'}."
+        head = f"Worker {found.rank} (pid {member.pid}) hung {_where(found, loader)}{line and f', at {line}'}."
         why = f"It {_how(found, state, text)} for {seconds:.1f} s, so it was killed."
         advice = "" if found.stopped else f" If that was work, give it more time: --hang-after {4 * seconds:.0f}."
         told = self._keep(found, f"{head}\n{why}\n\n{text}", run_folder)
@@ -143,14 +149,14 @@ def _in_loaders(member: Suspect, line: str) -> tuple[str, int | None, str]:
 def _where(found: Reading, loader: int | None) -> str:
     """Return what the worker was doing, in words."""
     if found.phase == "compute" and found.replica >= 0:
-        return f"in step {found.step}, replica {found.replica},"
+        return f"in step {found.step}, replica {found.replica}"
     if found.phase == "data" and loader is not None:
-        return f"in step {found.step}, waiting for its data loader (pid {loader}),"
+        return f"in step {found.step}, waiting for its data loader (pid {loader})"
     if found.phase == "data":
-        return f"in step {found.step}, reading its data,"
+        return f"in step {found.step}, reading its data"
     if found.phase == "update":
-        return f"in the update of step {found.step},"
-    return f"in or after step {found.step}, outside of its shards,"
+        return f"in the update of step {found.step}"
+    return f"in or after step {found.step}, outside of its shards"
 
 
 def _how(found: Reading, state: str, text: str) -> str:

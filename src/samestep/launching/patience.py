@@ -6,7 +6,7 @@
     stopped by a signal                         hung after as long, wherever it is
 
 The first step of a run may take any time: much is compiled or read for the first time. The first step of a later fleet
-may take 12 floors, so that a hang at the same place is found again.
+may take 12 floors, so that a hang at the same place is found again; so may the first reading of each `run.steps`.
 """
 
 from __future__ import annotations
@@ -54,6 +54,11 @@ class Patience:
         self._seen = {}
         self._looked_at = None
 
+    def forget(self) -> None:
+        """Begin with another training, whose steps may take any time."""
+        self.begin()
+        self._steps.clear()
+
     def silence(self, rank: int) -> float:
         """Return for how many seconds a worker has made no progress."""
         return self._seen[rank].silence
@@ -84,9 +89,9 @@ class Patience:
 
     def _see(self, reading: Reading, since: float) -> None:
         seen = self._seen.setdefault(reading.rank, _Seen())
-        if reading.num_steps != seen.num_steps:
-            seen.num_steps = reading.num_steps
+        if reading.num_steps > seen.num_steps:
             self._steps.append(reading.step_seconds)
+        seen.num_steps = reading.num_steps
         is_silent = reading.beats == seen.beats and (reading.phase in _WATCHED or reading.stopped)
         seen.silence = seen.silence + since if is_silent and not reading.traced else 0.0
         seen.beats = reading.beats
@@ -96,5 +101,6 @@ class Patience:
         if usual is None:
             # Nothing was measured yet, so a stopped process is all that can be told from work.
             return self.floor if reading.stopped else float("inf")
-        is_first = reading.num_steps == 0 and not reading.stopped
+        is_start = reading.num_steps == 0 or (reading.begins and reading.phase == "data")
+        is_first = is_start and not reading.stopped
         return max(self.floor * (_FIRST_STEP if is_first else 1), _USUAL_STEPS * usual)

@@ -6,7 +6,8 @@ One line of 64 bytes per worker, float64 words, written by that worker alone:
     [1] phase      number in `PHASES`
     [2] step       [3] replica, -1 outside of a shard
     [4] seconds    of the last whole step
-    [5] steps      whole steps that this process has made
+    [5] steps      whole steps made in this launch call by this process
+    [6] begins     1 in the first step of a `run.steps`
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Reading:
         replica: whose shard it plays; -1 outside of a shard.
         step_seconds: length of its last whole step, without the user's code between steps.
         num_steps: whole steps that its process has made.
+        begins: its step is the first of a `run.steps`: data is opened.
         stopped: it is stopped by a signal.
         traced: a debugger holds it.
     """
@@ -43,6 +45,7 @@ class Reading:
     replica: int = -1
     step_seconds: float = 0.0
     num_steps: int = 0
+    begins: bool = False
     stopped: bool = False
     traced: bool = False
 
@@ -53,6 +56,11 @@ class Pulse:
     def __init__(self, words: memoryview[float]):
         self._words = words
         self._began = -1.0
+
+    def start(self) -> None:
+        """Begin a launch call."""
+        for number in range(2, _WORDS):
+            self._words[number] = 0.0
 
     def beat(self, phase: str) -> None:
         """Note that the worker entered a phase."""
@@ -65,9 +73,10 @@ class Pulse:
         self._words[2] = step
         self._words[3] = replica
 
-    def begin(self, step: int, now: float) -> None:
-        """Note that a step begins, at `now` in seconds."""
+    def begin(self, step: int, now: float, first: bool) -> None:
+        """Note that a step begins, at `now` in seconds; `first` of a `run.steps`."""
         self._words[2] = step
+        self._words[6] = first
         self._began = now
 
     def end(self, now: float) -> None:
@@ -100,6 +109,7 @@ class Pulses:
             replica=int(line[3]),
             step_seconds=line[4],
             num_steps=int(line[5]),
+            begins=bool(line[6]),
             stopped=stopped,
             traced=traced,
         )

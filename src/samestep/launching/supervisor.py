@@ -233,7 +233,8 @@ class _Supervisor:
                 self._do(self._verdict.interrupted(self._signals.pop(0)))
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 self._deadline_passed()
-            if self._deadline is None and (hung := self._fence.look(time.monotonic(), self._members, self._run_folder)):
+            hung = None if self._is_ending else self._fence.look(time.monotonic(), self._members, self._run_folder)
+            if hung is not None:
                 self._verdict.hung(*hung)
                 self._members[hung[0]].send_signal(signal.SIGKILL)
 
@@ -264,7 +265,7 @@ class _Supervisor:
             return self._verdict.wants(frame.info["num_workers"])
         if frame.kind == "seated":
             self._run_folder = frame.info.get("run_folder") or self._run_folder
-            self._fence.seated(frame.info.get("hang_after"))
+            self._fence.seated(frame.info.get("call", 0), frame.info.get("hang_after"))
         if frame.kind not in ("done", "left") and self._watcher.frame(frame):
             return Action.END_NOW
         return Action.GO_ON

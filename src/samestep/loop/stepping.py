@@ -53,10 +53,12 @@ class Stepping:
             yield from self._one(feed, batch, None)
             session.keeper.after_step(last=False)
         stream = feed.batches(source, slices, reading)  # reads nothing before it is asked
+        is_first = True
         try:
             while True:
                 begin = time.perf_counter()
-                clock.begin_step(session.record.num_steps)
+                clock.begin_step(session.record.num_steps, is_first)
+                is_first = False
                 before = clock.to("data")
                 try:
                     loaded = next(stream, None)

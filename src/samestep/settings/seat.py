@@ -67,8 +67,8 @@ def take_part(context: WorkerContext, main: Main, asked: Options) -> Any:
     if context.group is None:
         context.group = _group(worker, context.shared)
     if worker.is_first:
-        limits = {"hang_after": options.hang_after}
-        context.sender.send("seated", {"num_workers": worker.size, "run_folder": options.checkpoint, **limits})
+        watched = {"call": number, "hang_after": options.hang_after}
+        context.sender.send("seated", {"num_workers": worker.size, "run_folder": options.checkpoint, **watched})
     from samestep.loop.session import TraceEnded
 
     # Of several launch calls in a script only the first is kept in memory: it is the one that a new fleet comes to.
@@ -76,6 +76,8 @@ def take_part(context: WorkerContext, main: Main, asked: Options) -> Any:
     if snapshots is None or not snapshots.num_calls:
         context.unmute()
     context.is_playing = True
+    if context.pulse is not None:
+        context.pulse.start()
     try:
         reporter = ChannelReporter(context.sender, context.unmute)
         result, facts = play(main, options, context.group, reporter, snapshots, context.pulse)
