@@ -45,12 +45,19 @@ def test_the_line_in_a_loader_is_not_that_of_the_worker_it_was_forked_from():
     [
         ("torch/_dynamo/convert_frame.py", "compiling"),
         ("torch/_inductor/graph.py", "compiling"),
+        ("torch/_inductor/compile_fx.py", ""),  # of which only some functions compile
         ("torch/_dynamo/eval_frame.py", ""),  # also on the stack while compiled code runs
     ],
 )
 def test_compiling_is_work(path, what):
     assert work_in(TEXT) == ""
     assert work_in(TEXT + f'  File "{LIB}/site-packages/{path}", line 1 in f\n') == what
+
+
+def test_compiling_a_backward_pass_is_work():
+    call = f'  File "{LIB}/site-packages/torch/_functorch/_aot_autograd/runtime_wrappers.py", line 2854 in '
+    assert work_in(TEXT + call + "get_or_compile\n") == "compiling"
+    assert work_in(TEXT + call + "backward\n") == ""
 
 
 def test_someone_who_sits_at_a_debugger_is_left_alone():

@@ -42,6 +42,7 @@ class Fence:
         self._patience = Patience()
         self._is_on = False
         self._call = 0
+        self._suspected: tuple[int, float] | None = None
         self._next_look = 0.0
         self._private_folder: str | None = None
 
@@ -94,6 +95,10 @@ class Fence:
         is_back = self._read(member).beats != found.beats
         if not found.stopped and (is_back or stack.work_in(text)):
             self._patience.spare(found.rank)
+            return None
+        if not found.stopped and self._suspected != (found.rank, found.beats):
+            # Between two parts of a compilation nothing of it is on the stack: look twice.
+            self._suspected = found.rank, found.beats
             return None
         line, loader = stack.line_of_user(text), None
         if found.phase == "data":

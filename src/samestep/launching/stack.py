@@ -21,20 +21,19 @@ _ANSWER_SECONDS = 1.0
 _QUIET_SECONDS = 0.03
 _OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _PYTHON = tuple(os.path.join(sysconfig.get_path(name), "") for name in ("stdlib", "platstdlib"))
-_PACKAGES = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
+_PACKAGES = ("/site-packages/", "/dist-packages/", "/torchinductor_")
 _LOADER = os.path.join(_OWN, "data", "loader.py")
 
 _AT_WORK = {
-    "torch/_dynamo/convert_frame.py": "compiling",
-    "torch/_dynamo/symbolic_convert.py": "compiling",
-    "torch/_inductor/graph.py": "compiling",
-    "torch/_inductor/scheduler.py": "compiling",
-    "torch/_inductor/async_compile.py": "compiling",
-    "torch/utils/cpp_extension.py": "compiling",
-    "triton/compiler/compiler.py": "compiling",
-    f"{os.sep}bdb.py": "in a debugger",
+    r"torch/_dynamo/(convert_frame|symbolic_convert)\.py": "compiling",
+    r"torch/_functorch/_aot_autograd/\w+\.py\", line \d+ in get_or_compile": "compiling",
+    r"torch/_inductor/(graph|scheduler|async_compile)\.py": "compiling",
+    r"torch/_inductor/compile_fx\.py\", line \d+ in _?(compile|fx_codegen)": "compiling",
+    r"torch/utils/cpp_extension\.py": "compiling",
+    r"triton/compiler/compiler\.py": "compiling",
+    r"/bdb\.py": "in a debugger",
 }
-"""Ends of files' names that are on the stack only while something long and useful goes on."""
+"""Calls that are on the stack only while something long and useful goes on."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +126,7 @@ def line_in_loader(text: str) -> str:
 
 def work_in(text: str) -> str:
     """Return what long but useful work a stack shows ("compiling"); empty if none."""
-    paths = re.findall(r'^  File "(.*)", line', text, re.MULTILINE)
-    return next((what for end, what in _AT_WORK.items() for path in paths if path.endswith(end)), "")
+    return next((what for call, what in _AT_WORK.items() if re.search(call, text)), "")
 
 
 def state_of(pid: int) -> str:
