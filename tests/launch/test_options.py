@@ -39,6 +39,9 @@ def test_more_workers_than_replicas_says_what_to_do():
     [
         ({"workers": 0}, "workers=0"),
         ({"workers": -2}, "workers=-2"),
+        ({"hang_after": -1.0}, "hang_after=-1.0"),
+        ({"hang_after": float("inf")}, "hang_after=inf"),
+        ({"hang_after": True}, "hang_after=True"),
         ({"workers": 1.5}, r"workers=1\.5"),
         ({"workers": True}, "workers=True"),
         ({"replicas": 0}, "replicas=0"),

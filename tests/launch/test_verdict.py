@@ -88,3 +88,13 @@ def test_another_number_of_workers_is_wanted_only_from_a_healthy_run():
     verdict.failed(failure("boom"))
     assert verdict.outcome().wants is None
     assert verdict.outcome().code == 1
+
+
+def test_a_hung_worker_is_not_said_to_have_been_killed_by_somebody():
+    verdict = Verdict(2)
+    verdict.hung(1, "Worker 1 (pid 11) hung in step 3, at train.py:40. It made no progress, so it was killed.")
+    assert verdict.died(1, 11, KILLED, told=False) is Action.END_NOW
+    outcome = verdict.outcome()
+    assert outcome.died == "Worker 1 (pid 11) hung in step 3, at train.py:40. It made no progress, so it was killed."
+    assert outcome.message == f"samestep: {outcome.died}"
+    assert (outcome.code, outcome.has_failed) == (1, True)

@@ -57,6 +57,9 @@ def main() -> None:
 @click.option("--every", type=int, metavar="N", help="Steps between checkpoints.")
 @click.option("--resume", metavar="PATH", help="Checkpoint, or folder of them, to go on from.")
 @click.option("--accept", metavar="KIND,...", help="What may differ from it: code, environment, data.")
+@click.option(
+    "--hang-after", type=float, metavar="S", help="Seconds without progress after which a worker is replaced; 0: never."
+)
 @click.option("--summary", metavar="FILE.json", help="Write the facts of the run there.")
 def run(script: str, arguments: tuple[str, ...], summary: str | None, **settings: Any) -> None:
     """Run SCRIPT on this host. Its own arguments come after `--`."""

@@ -6,6 +6,10 @@
     supervisor  the same process afterwards: watches its children until all have ended
     context     what a forked worker knows of itself
     restarts    whether a fleet that lost a worker is started again
+    fence       finds a worker that makes no progress, and writes down what it was doing
+    pulse       signs of life, in memory that workers share with the supervisor
+    patience    which worker is hung, decided from these
+    stack       the Python stack of a worker that answers nothing else
     injector    faults on purpose, for `samestep chaos`
     verdict     how a run ends, decided from what its workers said and how they died
     leftovers   what workers leave behind, ended with the run

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from samestep.launching.channel import Sender
 from samestep.launching.output import Muted
+from samestep.launching.pulse import Pulse
 
 
 @dataclass(kw_only=True)
@@ -20,6 +21,7 @@ class WorkerContext:
         num_forked: number of workers that were forked; a run may want fewer.
         sender: the way to the supervisor.
         shared: what the zygote made before forking for the workers to share; None for a lone worker.
+        pulse: where it shows the supervisor that it makes progress.
         options: what was set outside the script, as plain facts.
         earlier: results of the launch calls that the caller's process has already made.
         leaves: whether the worker ends after its launch call (the caller's process goes on with the script).
@@ -35,6 +37,7 @@ class WorkerContext:
     num_forked: int
     sender: Sender
     shared: Any = None
+    pulse: Pulse | None = None
     options: dict[str, Any] = field(default_factory=dict)
     earlier: tuple[bytes, ...] = ()
     leaves: bool = False

@@ -23,10 +23,12 @@ from samestep.launching.channel import Frame, channel
 from samestep.launching.context import WorkerContext
 from samestep.launching.crash import Crash
 from samestep.launching.failure import SETTINGS_CODE, Failure
+from samestep.launching.fence import Fence
 from samestep.launching.injector import Injector
 from samestep.launching.leftovers import end_orphans
 from samestep.launching.output import Plumbing, WorkerOutput, keep
 from samestep.launching.restarts import IN_VAIN, Restarts
+from samestep.launching.stack import StackFile
 from samestep.launching.verdict import Action, Outcome, Verdict
 
 _PATIENCE = 0.5
@@ -92,9 +94,9 @@ def supervise(fleet: Fleet, num_workers: int, watcher: Watcher) -> Outcome:
         SettingsError: this process must not fork.
     """
     zygote.adopt_orphans()
-    restarts = Restarts()
+    restarts, fence = Restarts(), Fence()
     while True:
-        outcome = _Supervisor(fleet, num_workers, watcher, restarts).run()
+        outcome = _Supervisor(fleet, num_workers, watcher, restarts, fence).run()
         if outcome.wants is None and not outcome.restarts:
             return outcome
         num_workers = outcome.wants or num_workers
@@ -106,6 +108,7 @@ class _Member:
     def __init__(self, rank: int, plumbing: Plumbing):
         self.rank = rank
         self.output = WorkerOutput(rank, plumbing)
+        self.stack = StackFile(rank)
         self.sender, self.receiver = channel()
         self.pid = 0
         self.pidfd = -1
@@ -121,6 +124,7 @@ class _Member:
         self.sender.close()
         self.receiver.close()
         self.output.close()
+        self.stack.close()
         if self.pidfd >= 0:
             os.close(self.pidfd)
 
@@ -128,10 +132,11 @@ class _Member:
 class _Supervisor:
     """One fleet, from fork to the last exit."""
 
-    def __init__(self, fleet: Fleet, num_workers: int, watcher: Watcher, restarts: Restarts):
+    def __init__(self, fleet: Fleet, num_workers: int, watcher: Watcher, restarts: Restarts, fence: Fence):
         self._fleet = fleet
         self._watcher = watcher
         self._restarts = restarts
+        self._fence = fence
         self._num_workers = num_workers
         self._members: list[_Member] = []
         self._shared: Any = None
@@ -183,6 +188,7 @@ class _Supervisor:
     def _start(self, shared: Any) -> None:
         zygote.check_one_task()
         zygote.freeze()
+        self._fence.begin(self._num_workers)
         for rank in range(self._num_workers):
             self._members.append(_Member(rank, self._fleet.plumbing))
         for member in self._members:
@@ -191,6 +197,7 @@ class _Supervisor:
                 num_forked=self._num_workers,
                 sender=member.sender,
                 shared=shared,
+                pulse=self._fence.pulses.of(member.rank),
                 **self._fleet.context,
             )
             become = functools.partial(self._become, member)
@@ -211,11 +218,13 @@ class _Supervisor:
     def _become(self, me: _Member) -> None:
         """In the forked worker: keep my ends, close what belongs to the supervisor and to the others."""
         me.output.enter()
+        me.stack.enter()
         self._selector.close()
         for member in self._members:
             member.receiver.close()
             if member is not me:
                 member.sender.close()
+                member.stack.close()
             member.output.close()
             if member.pidfd >= 0:
                 os.close(member.pidfd)
@@ -226,7 +235,7 @@ class _Supervisor:
             timeout = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
             if self._fleet.injector is not None:
                 timeout = _POLL if timeout is None else min(timeout, _POLL)
-            for event, _ in self._selector.select(timeout):
+            for event, _ in self._selector.select(self._fence.timeout(timeout)):
                 event.data()
             while self._signals:
                 if self._is_ending:
@@ -234,6 +243,10 @@ class _Supervisor:
                 self._do(self._verdict.interrupted(self._signals.pop(0)))
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 self._deadline_passed()
+            hung = None if self._is_ending else self._fence.look(time.monotonic(), self._members, self._run_folder)
+            if hung is not None:
+                self._verdict.hung(*hung)
+                self._members[hung[0]].send_signal(signal.SIGKILL)
 
     def _inject(self) -> None:
         injector = self._fleet.injector
@@ -262,6 +275,7 @@ class _Supervisor:
             return self._verdict.wants(frame.info["num_workers"])
         if frame.kind == "seated":
             self._run_folder = frame.info.get("run_folder") or self._run_folder
+            self._fence.seated(frame.info.get("call", 0), frame.info.get("hang_after"))
         if frame.kind not in ("done", "left") and self._watcher.frame(frame):
             return Action.END_NOW
         return Action.GO_ON

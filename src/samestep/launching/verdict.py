@@ -56,6 +56,7 @@ class Verdict:
         self._exit: tuple[int, str] | None = None
         self._signal: int | None = None
         self._wants: int | None = None
+        self._hung: dict[int, str] = {}
 
     @property
     def has_failed(self) -> bool:
@@ -86,7 +87,13 @@ class Verdict:
         """A worker's process ended with wait status `status`; `told` if it had said that and why."""
         if told and os.WIFEXITED(status):
             return Action.GO_ON
+        if rank in self._hung:
+            return self.failed(Failure(message=self._hung[rank], rank=rank))
         return self.failed(Failure.of_exit(rank, pid, status, crash))
+
+    def hung(self, rank: int, message: str) -> None:
+        """A worker made no progress, and is killed now; `message` says all that is known."""
+        self._hung[rank] = message
 
     def interrupted(self, number: int) -> Action:
         """The supervisor got a signal."""
@@ -112,7 +119,8 @@ class Verdict:
         if self._failures:
             cause = next((failure for failure in self._failures if not failure.of_peer), self._failures[0])
             ranks = {f.rank for f in self._failures if f.rank is not None and f.is_same_as(cause)}
-            died = _in_short(cause) if cause is not self._suspicion else None
+            hung = self._hung.get(cause.rank, "") if cause.rank is not None and not cause.kind else ""
+            died = hung or (_in_short(cause) if cause is not self._suspicion else None)
             ended = self._make(cause.code, cause.text(sorted(ranks)))
             return replace(ended, died=died, error=f"{cause.kind}: {cause.message}" if cause.kind else "")
         if self._wants is not None:

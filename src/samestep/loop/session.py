@@ -10,7 +10,7 @@ import torch
 
 from samestep.core import wire
 from samestep.core.calls import Calls, line_of_user
-from samestep.core.clock import Clock
+from samestep.core.clock import Clock, Pulse
 from samestep.core.digest import joined_digest, state_digest, tensors_digest
 from samestep.core.group import Group
 from samestep.core.ledger import Ledger
@@ -53,13 +53,14 @@ class Session:
         group: Group,
         reporter: Reporter,
         snapshots: Snapshots | None = None,
+        pulse: Pulse | None = None,
     ):
         self.recipe = recipe
         self.keeping = keeping
         self.group = group
         self.worker = group.worker
         self.num_replicas = recipe.num_replicas(group.worker.size)
-        self.clock = Clock()
+        self.clock = Clock(pulse)
         self.calls = Calls(group, self.clock)
         self.ledger = Ledger()
         self.record = Record(group.worker, reporter, self.clock)

@@ -130,6 +130,7 @@ class Step:
                 seed_shard(self._seed, self.number, self.pass_, replica)
                 self._replica, self._count = replica, len(shard.ids)
                 self._part.samples[replica] = self._count
+                clock.begin_shard(self.number, replica)
                 before = clock.to("compute")
                 try:
                     yield shard.batch
@@ -140,6 +141,7 @@ class Step:
                 finally:
                     self._replica = None
                     clock.to(before)
+                    clock.begin_shard(self.number, -1)
                 if model.buffers.end_shard(replica):
                     self._part.changed.append(replica)
             for trained in model.trained:

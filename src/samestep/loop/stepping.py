@@ -59,12 +59,17 @@ class Stepping:
             yield from self._one(feed, batch, None)
             session.keeper.after_step(last=False)
         stream = feed.batches(source, slices, reading)  # reads nothing before it is asked
+        is_first = True
         try:
             while True:
                 begin = time.perf_counter()
+                clock.begin_step(session.record.num_steps, is_first)
+                is_first = False
                 before = clock.to("data")
-                loaded = next(stream, None)
-                clock.to(before)
+                try:
+                    loaded = next(stream, None)
+                finally:
+                    clock.to(before)
                 if loaded is None:
                     break
                 batch, shards = loaded
@@ -93,8 +98,11 @@ class Stepping:
         for hook in _user_hooks(_global_optimizer_pre_hooks, optimizer._optimizer_step_pre_hooks):
             hook(optimizer, (), {})
         before = session.clock.to("update")
-        outcome = Outcome(*session.recorded("update", make, choices.where))
-        session.clock.to(before)
+        try:
+            outcome = Outcome(*session.recorded("update", make, choices.where))
+        finally:
+            session.clock.to(before)
+        session.clock.end_step()
         session.agreed.tolerance.count(index, outcome.problem, choices.where)
         if outcome.problem and not session.replaying:
             session.record.skipped(outcome.problem)

@@ -34,6 +34,7 @@ class Saving(TypedDict, total=False):
     every: int | None
     resume: str | os.PathLike[str] | None
     accept: str | Sequence[str] | None
+    hang_after: float | None
 
 
 def launch(
@@ -58,6 +59,8 @@ def launch(
         workers: processes to start; default one per core, at most `replicas`.
         seed: of every random number.
         threads: intra-op threads of each worker, part of the recipe.
+        hang_after: seconds without progress after which a worker is replaced, or 8 times the usual step if that is
+            longer; default 5; 0 for never.
         checkpoint: folder for checkpoints.
         every: steps between checkpoints.
         resume: checkpoint, or folder of them, to go on from.
@@ -88,6 +91,7 @@ def launch(
         every=saving.get("every"),
         resume=os.fspath(resume) if resume is not None else None,
         accept=words_of(accept) if accept is not None else None,
+        hang_after=saving.get("hang_after"),
         device=environment.device_kind(),
     )
     context = current()

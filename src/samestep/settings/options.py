@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -30,6 +31,7 @@ class Options:
         every: steps between checkpoints.
         resume: checkpoint to go on from.
         device: "cpu" or "cuda".
+        hang_after: seconds after which a worker that makes no progress counts as hung; 0 for never.
         trace: steps to record tensor digests of, then stop.
         accept: kinds of differences that are let pass (see `ACCEPTABLE`).
     """
@@ -42,6 +44,7 @@ class Options:
     every: int | None = None
     resume: str | None = None
     device: str | None = None
+    hang_after: float | None = None
     trace: int | None = None
     accept: tuple[str, ...] | None = None
 
@@ -93,6 +96,11 @@ class Options:
         Keeping(accept=tuple(self.accept or ()))
         if self.device is not None and self.device not in DEVICES:
             raise SettingsError(f"You set device={self.device!r}. Use one of {' and '.join(DEVICES)}.")
+        if self.hang_after is not None and not _is_seconds(self.hang_after):
+            raise SettingsError(
+                f"You set hang_after={self.hang_after!r}. Use seconds above 0, as in --hang-after 60, or 0 to let a "
+                "silent worker be."
+            )
         workers = self.workers
         if workers is None:
             return
@@ -132,3 +140,7 @@ class Options:
         if isinstance(self.replicas, int):
             return min(num_available, self.replicas)
         return num_available
+
+
+def _is_seconds(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, int | float) and 0 <= value < math.inf

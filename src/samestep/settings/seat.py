@@ -18,7 +18,9 @@ Main = Callable[[Any], Any]
 """The user's function; takes the `Run`."""
 
 
-def play(main: Main, options: Options, group: Any, reporter: Any, snapshots: Any = None) -> tuple[Any, dict[str, Any]]:
+def play(
+    main: Main, options: Options, group: Any, reporter: Any, snapshots: Any = None, pulse: Any = None
+) -> tuple[Any, dict[str, Any]]:
     """Call the user's function with a run.
 
     Args:
@@ -27,6 +29,7 @@ def play(main: Main, options: Options, group: Any, reporter: Any, snapshots: Any
         group: how this worker reaches the others.
         reporter: where progress goes.
         snapshots: where the newest state is kept outside of the workers, or None.
+        pulse: where this worker shows that it makes progress, or None.
 
     Returns:
         What the function returned, and the facts of the run (complete on the first worker).
@@ -42,7 +45,7 @@ def play(main: Main, options: Options, group: Any, reporter: Any, snapshots: Any
     recipe = options.recipe()
     torch.set_num_threads(recipe.threads)
     keeping = replace(options.keeping(), origin=origin_of(main, options.device))
-    session = Session(recipe, keeping, group, reporter, snapshots)
+    session = Session(recipe, keeping, group, reporter, snapshots, pulse)
     seed_start(recipe.seed)
     try:
         result = main(Run(session))
@@ -72,7 +75,8 @@ def take_part(context: WorkerContext, main: Main, asked: Options) -> Any:
     if context.group is None:
         context.group = _group(worker, context.shared)
     if worker.is_first:
-        context.sender.send("seated", {"num_workers": worker.size, "run_folder": options.checkpoint})
+        watched = {"call": number, "hang_after": options.hang_after}
+        context.sender.send("seated", {"num_workers": worker.size, "run_folder": options.checkpoint, **watched})
     from samestep.loop.session import TraceEnded
 
     # Of several launch calls in a script only the first is kept in memory: it is the one that a new fleet comes to.
@@ -80,9 +84,11 @@ def take_part(context: WorkerContext, main: Main, asked: Options) -> Any:
     if snapshots is None or not snapshots.num_calls:
         context.unmute()
     context.is_playing = True
+    if context.pulse is not None:
+        context.pulse.start()
     try:
         reporter = ChannelReporter(context.sender, context.unmute)
-        result, facts = play(main, options, context.group, reporter, snapshots)
+        result, facts = play(main, options, context.group, reporter, snapshots, context.pulse)
     except TraceEnded:
         context.leave()
     context.is_playing = False
