@@ -23,7 +23,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-KINDS = ("kill", "segv", "exit")
+KINDS = ("kill", "segv", "exit", "stop")
 KEYS = ("weights_digest", "optimizer_digest", "samples_digest", "samples_exactly_once", "steps", "result")
 
 
@@ -83,7 +83,11 @@ def body(begun: mmap.mmap, faults: tuple[Fault, ...], options: Any, context: Any
 
 def arm(kind: str, seconds: float) -> None:
     """Let a fault strike this process after some seconds."""
-    strikes = {"segv": lambda *_: ctypes.string_at(0), "exit": lambda *_: os._exit(7)}
+    strikes = {
+        "segv": lambda *_: ctypes.string_at(0),
+        "exit": lambda *_: os._exit(7),
+        "stop": lambda *_: os.kill(os.getpid(), signal.SIGSTOP),
+    }
     # Without a handler the signal ends the process where it stands; with one, at the next line of Python.
     signal.signal(signal.SIGALRM, strikes.get(kind, signal.SIG_DFL))
     signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))
@@ -117,7 +121,7 @@ def play(num_workers: int, faults: tuple[Fault, ...]) -> tuple[Any, Listener, fl
     from samestep.settings.entry import _fleet
     from samestep.settings.options import Options
 
-    options, listener, begun = Options(workers=num_workers, replicas=5), Listener(), mmap.mmap(-1, 8)
+    options, listener, begun = Options(workers=num_workers, replicas=5, hang_after=1.0), Listener(), mmap.mmap(-1, 8)
     begin = time.monotonic()
     begun[:8] = struct.pack("d", begin)
     fleet = _fleet(functools.partial(body, begun, faults, options), options, Plumbing(hidden=True))
@@ -163,7 +167,7 @@ def case_of(seed: int, span: float) -> tuple[int, tuple[Fault, ...]]:
     draw = random.Random(seed)
     num_workers = draw.randint(1, 5)
     faults = [
-        Fault(draw.uniform(0, span), draw.randrange(num_workers), draw.choices(KINDS, (4, 1, 1))[0])
+        Fault(draw.uniform(0, span), draw.randrange(num_workers), draw.choices(KINDS, (8, 2, 2, 1))[0])
         for _ in range(draw.randint(1, 6))
     ]
     return num_workers, tuple(sorted(faults, key=lambda fault: fault.at))

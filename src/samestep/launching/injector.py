@@ -18,8 +18,9 @@ KINDS = {
     "kill all": ("SIGKILL", 2),
     "crash": ("SIGSEGV", 2),
     "abort": ("SIGABRT", 1),
+    "stop": ("SIGSTOP", 1),
 }
-"""What can happen: the signal, and how often of 15 times."""
+"""What can happen: the signal, and how often of 16 times."""
 
 
 class Victim(Protocol):

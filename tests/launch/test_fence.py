@@ -1,0 +1,81 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from samestep.launching.fence import Fence
+
+SLEEPING = 'Current thread 0x1 (most recent call first):\n  File "/home/u/train.py", line 40 in main\n'
+COMPILING = SLEEPING.replace("/home/u/train.py", "/lib/torch/_inductor/graph.py")
+
+
+class Member:
+    """A worker that answers with the given stacks, one after the other."""
+
+    rank, is_alive = 0, True
+
+    def __init__(self, *stacks):
+        self.pid = os.getpid()
+        self.stack = self
+        self.stacks = list(stacks)
+
+    def ask(self, pid, stopped=False):
+        return self.stacks.pop(0)
+
+
+def watch(member, folder, looks=40, on_look=lambda fence, look: None, hang_after=None):
+    """Look every half second at a worker that is silent in a shard; return the look that found it, and what it said."""
+    fence = Fence()
+    fence.begin(1)
+    fence.seated(0, hang_after)
+    pulse = fence.pulses.of(0)
+    pulse.begin(30, 1.0, False)
+    pulse.end(1.1)
+    pulse.shard(30, 2)
+    pulse.beat("compute")
+    for look in range(looks):
+        on_look(pulse, look)
+        if found := fence.look(1000 + look / 2, [member], str(folder)):
+            assert fence.look(2000, [member], str(folder)) is None, "its death is waited for"
+            return look, found
+    return None
+
+
+def test_a_hung_worker_is_named_with_all_that_is_known(tmp_path):
+    look, (rank, text) = watch(Member(SLEEPING, SLEEPING), tmp_path)
+    assert (look, rank) == (12, 0), "5 seconds, and a second look"
+    path = tmp_path / "hangs" / "1-worker-0.txt"
+    assert text == (
+        f"Worker 0 (pid {os.getpid()}) hung in step 30, replica 2, at train.py:40. It made no progress for 6.0 s, so "
+        f"it was killed. Its stack is in {path}. If that was work, give it more time: --hang-after 24."
+    )
+    assert SLEEPING in path.read_text()
+
+
+@pytest.mark.parametrize("stacks", [(COMPILING, SLEEPING, SLEEPING), (SLEEPING, COMPILING, SLEEPING, SLEEPING)])
+def test_a_worker_that_compiles_is_given_as_long_again(tmp_path, stacks):
+    look, _ = watch(Member(*stacks), tmp_path)
+    assert look >= 22
+
+
+def test_a_worker_that_goes_on_between_two_looks_is_not_hung(tmp_path):
+    def on_look(pulse, look):
+        if look == 12:
+            pulse.beat("compute")
+
+    assert watch(Member(SLEEPING), tmp_path, looks=20, on_look=on_look) is None
+
+
+def test_a_stack_that_cannot_be_written_is_no_reason_to_wait(tmp_path):
+    in_the_way = tmp_path / "file"
+    in_the_way.touch()
+    _, (_, text) = watch(Member("", ""), in_the_way)
+    assert "Its stack could not be written: [Errno" in text
+    assert "inside C code that lets no signal through" in text
+    assert Path(in_the_way).is_file()
+
+
+def test_zero_never_finds_anyone(tmp_path):
+    assert watch(Member(), tmp_path, hang_after=0) is None
+    fence = Fence()
+    assert fence.timeout(None) is None, "nothing is polled before the workers are seated"
