@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import signal
 import sys
 import sysconfig
 import time
@@ -32,7 +33,61 @@ def learned(known: Collection[str]) -> list[str]:
     ]
 
 
-def try_in_child(names: Sequence[str]) -> int:
+class Imports:
+    """What the zygote takes over from the script, over all fleets of a run."""
+
+    def __init__(self) -> None:
+        self._names: Sequence[str] = ()
+        self._pid = 0
+        self._pidfd = -1
+
+    def hear(self, names: Sequence[str]) -> int | None:
+        """Let a child try to import what a worker has told; return its pidfd, for a selector, or None."""
+        self.close()
+        if not names:
+            return None
+        self._names = names
+        self._pid = _try_in_child(names)
+        self._pidfd = os.pidfd_open(self._pid)
+        return self._pidfd
+
+    def tried(self) -> None:
+        """The child has ended: import the same if it could."""
+        status = self._end(kill=False)
+        if status == 0:
+            take(self._names)
+
+    def close(self) -> None:
+        """End the child, if there is one."""
+        self._end(kill=True)
+
+    def _end(self, kill: bool) -> int | None:
+        """Return the child's exit status; None if there is none, or somebody else has waited for it."""
+        if not self._pid:
+            return None
+        if kill:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        status = None
+        with contextlib.suppress(ChildProcessError):
+            _, status = os.waitpid(self._pid, 0)
+        os.close(self._pidfd)
+        self._pid, self._pidfd = 0, -1
+        return status
+
+
+def take(names: Sequence[str]) -> None:
+    """Import `names`; what they print is dropped, and one that fails is left out."""
+    muted = Muted()
+    try:
+        for name in names:
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+    finally:
+        muted.end()
+
+
+def _try_in_child(names: Sequence[str]) -> int:
     """Fork a child that imports `names`; its exit code is 0 if this process may do the same. Returns its pid."""
     parent = os.getpid()
     pid = os.fork()
@@ -50,17 +105,6 @@ def try_in_child(names: Sequence[str]) -> int:
         code = 1
     finally:
         os._exit(code)
-
-
-def take(names: Sequence[str]) -> None:
-    """Import `names`; what they print is dropped, and one that fails is left out."""
-    muted = Muted()
-    try:
-        for name in names:
-            with contextlib.suppress(Exception):
-                importlib.import_module(name)
-    finally:
-        muted.end()
 
 
 def _origin(module: object) -> str:
