@@ -6,6 +6,11 @@
     supervisor  the same process afterwards: watches its children until all have ended
     context     what a forked worker knows of itself
     restarts    whether a fleet that lost a worker is started again
+    signals     those that end a run, collected
+    orders      what the supervisor orders the workers to do while they run
+    control     the door of a run, for its user's commands
+    request     frames between such a command and a run
+    runs        the runs that live on this host
     injector    faults on purpose, for `samestep chaos`
     verdict     how a run ends, decided from what its workers said and how they died
     leftovers   what workers leave behind, ended with the run
