@@ -13,6 +13,7 @@ import samestep
 
 SOURCE = str(Path(samestep.__file__).parents[1])
 MARK = "SAMESTEP_TEST_MARK"
+OF_OTHERS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "XDG_RUNTIME_DIR")
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Shell:
         self.temporary = folder / "tmp"
         self.temporary.mkdir()
         self.mark = uuid.uuid4().hex
-        clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
+        clean = {name: value for name, value in os.environ.items() if name not in OF_OTHERS}
         self.environment = {**clean, "PYTHONPATH": SOURCE, "TMPDIR": str(self.temporary), MARK: self.mark}
 
     def start(self, *arguments):

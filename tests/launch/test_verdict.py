@@ -98,3 +98,55 @@ def test_a_hung_worker_is_not_said_to_have_been_killed_by_somebody():
     assert outcome.died == "Worker 1 (pid 11) hung in step 3, at train.py:40. It made no progress, so it was killed."
     assert outcome.message == f"samestep: {outcome.died}"
     assert (outcome.code, outcome.has_failed) == (1, True)
+
+
+def test_the_first_signal_lets_the_step_be_finished_the_second_does_not():
+    verdict = Verdict(2)
+    assert verdict.interrupted(signal.SIGTERM, can_finish=True) is Action.FINISH
+    assert verdict.halted(None) is Action.END_SOON
+    outcome = verdict.outcome()
+    assert (outcome.code, outcome.ended_by, outcome.wants) == (143, signal.SIGTERM, None)
+    verdict = Verdict(2)
+    assert verdict.interrupted(signal.SIGINT, can_finish=True) is Action.FINISH
+    assert not verdict.is_hurried
+    assert verdict.interrupted(signal.SIGINT, can_finish=True) is Action.END_AT_ONCE
+    assert verdict.is_hurried
+    assert verdict.outcome().code == 130
+
+
+def test_a_run_that_ends_by_itself_in_its_last_step_was_not_stopped():
+    verdict = Verdict(1)
+    verdict.interrupted(signal.SIGINT, can_finish=True)
+    verdict.died(0, 11, 0, told=True)
+    outcome = verdict.outcome()
+    assert (outcome.code, outcome.ended_by, outcome.message) == (0, None, "")
+    verdict.failed(failure("the user's own error"))
+    assert verdict.outcome().code == 1
+
+
+def test_workers_that_the_same_signal_killed_are_no_failure():
+    verdict = Verdict(2)
+    verdict.interrupted(signal.SIGTERM, can_finish=True)
+    verdict.died(1, 12, signal.SIGTERM, told=False)
+    verdict.failed(failure("worker 1 is gone", of_peer=True))
+    outcome = verdict.outcome()
+    assert (outcome.code, outcome.has_failed, outcome.died) == (143, False, None)
+
+
+def test_to_scale_starts_again_unless_a_signal_came():
+    verdict = Verdict(2)
+    assert verdict.halted(3) is Action.END_SOON
+    assert (verdict.outcome().wants, verdict.outcome().code) == (3, 0)
+    verdict.interrupted(signal.SIGINT, can_finish=True)
+    assert (verdict.outcome().wants, verdict.outcome().code) == (None, 130)
+
+
+def test_an_error_that_may_pass_gets_no_second_try_when_the_run_is_to_end():
+    verdict = Verdict(1)
+    verdict.failed(Failure(kind="OSError", message="busy", rank=0, may_pass=True))
+    assert verdict.outcome().died
+    verdict = Verdict(1)
+    verdict.interrupted(signal.SIGINT, can_finish=True)
+    verdict.failed(Failure(kind="OSError", message="busy", rank=0, may_pass=True))
+    outcome = verdict.outcome()
+    assert (outcome.code, outcome.died, outcome.has_failed) == (1, None, True)

@@ -155,6 +155,41 @@ def export(folder_or_step: str, out: str) -> None:
     _end(act)
 
 
+@main.command()
+def ps() -> None:
+    """List your live runs on this host."""
+    from samestep.cli import steering
+
+    _end(steering.listed)
+
+
+@main.command()
+@click.argument("run")
+@click.option("--workers", type=int, required=True, metavar="N", help="Processes to go on with, at most R.")
+@click.option("--timeout", default=60.0, show_default=True, metavar="SECONDS", help="How long to wait for it.")
+def scale(run: str, workers: int, timeout: float) -> None:
+    """Let a live RUN go on with another number of workers, after its step. The result does not change.
+
+    RUN is its name, as `samestep ps` shows it, or the beginning of it.
+    """
+    from samestep.cli import steering
+
+    _end(lambda: steering.scale(run, workers, timeout))
+
+
+@main.command()
+@click.argument("run")
+@click.option("--timeout", default=60.0, show_default=True, metavar="SECONDS", help="How long to wait for its end.")
+def stop(run: str, timeout: float) -> None:
+    """End a live RUN after its step, with a checkpoint if it has a folder for them; like one Ctrl-C.
+
+    RUN is its name, as `samestep ps` shows it, or the beginning of it.
+    """
+    from samestep.cli import steering
+
+    _end(lambda: steering.stop(run, timeout))
+
+
 def _options(settings: dict[str, Any]) -> Options:
     replicas = settings.get("replicas")
     if replicas is not None and replicas != "workers":
@@ -186,6 +221,8 @@ def _end(act: Callable[[], tuple[int, str]]) -> None:
         code, message = 2, f"samestep: {error}"
     except SamestepError as error:
         code, message = 1, f"samestep: {error}"
+    except KeyboardInterrupt:
+        code, message = 130, "samestep: SIGINT ended it."
     except SyntaxError as error:
         code, message = 1, "".join(traceback.format_exception_only(error)).rstrip()
     if message:

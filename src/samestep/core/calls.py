@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from samestep.core.clock import Clock
 from samestep.core.group import Group
@@ -30,12 +31,25 @@ def line_of_user() -> str:
     return f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
 
 
+class Halted(BaseException):
+    """The run ends here by order. Not an error, and no `except Exception` of the user's may take it for one."""
+
+
 class Calls:
     """Numbers the calls of one worker and meets the other workers at each."""
 
-    def __init__(self, group: Group, clock: Clock):
+    def __init__(self, group: Group, clock: Clock, orders: Callable[[], int] | None = None):
+        """Begin with call 1.
+
+        Args:
+            group: the workers.
+            clock: takes the time spent waiting.
+            orders: what this worker is told from outside to ask of all (`Wish`, or-ed); looked at in every call.
+        """
         self._group = group
         self._clock = clock
+        self._orders = orders
+        self._halted: Halted | None = None
         self._asked = 0
         self._heard = 0
         self.number = 0
@@ -53,6 +67,11 @@ class Calls:
         self._heard &= ~request
         return found
 
+    def halt(self, reason: Halted) -> NoReturn:
+        """Leave the user's code by raising `reason`; should it be swallowed, every later call raises it again."""
+        self._halted = reason
+        raise reason
+
     def meet(self, kind: str, where: str, value: Any = None, frame: bytes = b"") -> list[tuple[Any, bytes]]:
         """Exchange a value with all workers.
 
@@ -67,9 +86,14 @@ class Calls:
 
         Raises:
             MismatchError: another worker is at another call.
+            Halted: the run has ended.
         """
+        if self._halted is not None:
+            raise self._halted
         self.number += 1
         asked, self._asked = self._asked, 0
+        if self._orders is not None:
+            asked |= self._orders()
         self._heard |= asked
         if self._group.worker.size == 1:
             return [(value, frame)]

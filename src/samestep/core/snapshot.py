@@ -23,6 +23,8 @@ from samestep.core.checkpoint import Checkpoint
 from samestep.core.group import align
 from samestep.core.memory import available_bytes
 
+FROM_MEMORY = Path("memory")
+"""The path of a checkpoint that was never in a file."""
 _ROOMY = 8
 """Both memories are used where they take less than this part of what is free."""
 
@@ -96,7 +98,7 @@ class Snapshots:
         tensors = [_place(memory, start, place) for place in head["places"]]
         weights, state = ({name: tensors[i] for name, i in head[role]} for role in ("weights", "state"))
         return Checkpoint(
-            path=Path("memory"), step=head["step"], weights=weights, state=state, facts=head["facts"], weights_digest=""
+            path=FROM_MEMORY, step=head["step"], weights=weights, state=state, facts=head["facts"], weights_digest=""
         )
 
     def close(self) -> None:

@@ -3,6 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntFlag
+
+
+class Wish(IntFlag):
+    """What one worker asks of all workers of its run; it is told along with every call."""
+
+    SNAPSHOT = 1
+    """Keep the state in memory."""
+    STOP = 2
+    """Write a checkpoint where there is a folder for it, and leave."""
+    SCALE = 4
+    """Keep the state in memory, and leave."""
 
 
 def run_of(rank: int, num_workers: int, num_items: int) -> range:

@@ -10,6 +10,11 @@
     pulse       signs of life, in memory that workers share with the supervisor
     patience    which worker is hung, decided from these
     stack       the Python stack of a worker that answers nothing else
+    signals     those that end a run, collected
+    orders      what the supervisor orders the workers to do while they run
+    control     the door of a run, for its user's commands
+    request     frames between such a command and a run
+    runs        the runs that live on this host
     injector    faults on purpose, for `samestep chaos`
     verdict     how a run ends, decided from what its workers said and how they died
     leftovers   what workers leave behind, ended with the run

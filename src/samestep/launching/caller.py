@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TextIO
@@ -47,7 +48,7 @@ def call(payload: Payload) -> Reply:
     """Run the payload in a fresh zygote and its workers.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C; every process of the run has ended before it is raised.
+        KeyboardInterrupt: Ctrl-C; every process of the run has ended before it is raised. Says what was kept.
     """
     near, far = socket.socketpair()
     pipes = _pipes_needed()
@@ -62,14 +63,22 @@ def call(payload: Payload) -> Reply:
         process_group=0,
     )
     far.close()
+    passed_on: list[int] = []
     try:
-        with contextlib.suppress(BrokenPipeError):
-            payload.send(Sender(near))
-        frames = _wait(process, Receiver(near), pipes)
+        with _passing_on(process, passed_on):
+            with contextlib.suppress(BrokenPipeError):
+                payload.send(Sender(near))
+            frames, was_interrupted = _wait(process, Receiver(near), pipes)
     finally:
         _end(process)
         near.close()
-    return _reply(frames, process)
+    reply = _reply(frames, process)
+    if was_interrupted:
+        raise KeyboardInterrupt(reply.message if reply.code == 128 + signal.SIGINT else "")
+    if passed_on and payload.script is None:
+        # This process has no exit code of ours: it ends as it would have without a run.
+        os.kill(os.getpid(), passed_on[0])
+    return reply
 
 
 def receive(descriptor: int) -> tuple[Payload, Sender]:
@@ -105,10 +114,10 @@ def _pipes_needed() -> dict[int, TextIO]:
     return needed
 
 
-def _wait(process: subprocess.Popen[bytes], receiver: Receiver, pipes: dict[int, TextIO]) -> list[Frame]:
-    """Show output and collect frames until the zygote is gone. Ctrl-C is passed on, then raised."""
+def _wait(process: subprocess.Popen[bytes], receiver: Receiver, pipes: dict[int, TextIO]) -> tuple[list[Frame], bool]:
+    """Show output and collect frames until the zygote is gone. Ctrl-C is passed on; returns whether there was any."""
     frames: list[Frame] = []
-    interrupt: KeyboardInterrupt | None = None
+    was_interrupted = False
     sources = {1: process.stdout, 2: process.stderr}
     with selectors.DefaultSelector() as selector, _pidfd(process.pid) as ended:
         selector.register(ended, selectors.EVENT_READ, lambda: True)
@@ -123,14 +132,12 @@ def _wait(process: subprocess.Popen[bytes], receiver: Receiver, pipes: dict[int,
             try:
                 for event, _ in selector.select():
                     has_ended |= bool(event.data())
-            except KeyboardInterrupt as error:
-                interrupt = error
+            except KeyboardInterrupt:
+                was_interrupted = True
                 process.send_signal(signal.SIGINT)
         for key in list(selector.get_map().values()):
             key.data()
-    if interrupt is not None:
-        raise interrupt
-    return frames
+    return frames, was_interrupted
 
 
 def _take(selector: selectors.BaseSelector, receiver: Receiver, frames: list[Frame]) -> None:
@@ -171,6 +178,30 @@ def _reply(frames: list[Frame], process: subprocess.Popen[bytes]) -> Reply:
         message=f"samestep: the process that looks after the workers (pid {process.pid}) ended with code "
         f"{process.returncode} and gave no reason; a negative code is the number of the signal that killed it.",
     )
+
+
+@contextlib.contextmanager
+def _passing_on(process: subprocess.Popen[bytes], passed_on: list[int]) -> Iterator[None]:
+    """Give signals that would end this process to the zygote, which ends the run in order; they are noted in a list.
+
+    Where the user's process does something of its own at them, or this is not its main thread, that stays.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def pass_on(number: int, _: Any) -> None:
+        passed_on.append(number)
+        process.send_signal(number)
+
+    mine = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    for number in mine:
+        signal.signal(number, pass_on)
+    try:
+        yield
+    finally:
+        for number in mine:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

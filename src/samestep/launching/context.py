@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from samestep.launching.channel import Sender
+from samestep.launching.orders import Orders
 from samestep.launching.output import Muted
 from samestep.launching.pulse import Pulse
 
@@ -27,6 +28,7 @@ class WorkerContext:
         leaves: whether the worker ends after its launch call (the caller's process goes on with the script).
         muted: what silences the script, where the caller's process or an earlier fleet has shown that part.
         snapshots: where the run keeps its newest state outside of the workers; None without.
+        orders: what the supervisor wants of the run; None without.
         num_calls: launch calls seen so far.
         num_seated: workers taking part, once the first launch call has decided.
         group: how the seated workers reach each other; made at the first launch call, kept for later ones.
@@ -43,6 +45,7 @@ class WorkerContext:
     leaves: bool = False
     muted: Muted | None = None
     snapshots: Any = None
+    orders: Orders | None = None
     num_calls: int = 0
     num_seated: int | None = None
     group: Any = None

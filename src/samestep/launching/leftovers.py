@@ -26,13 +26,14 @@ def without_empty_folders() -> Iterator[None]:
                 os.rmdir(folder)
 
 
-def end_orphans(gently: bool) -> None:
+def end_orphans(gently: bool, patience: float = _PATIENCE) -> None:
     """End what workers started and did not end; it has become this process's.
 
     Args:
         gently: send no signal before the time in which they may end by themselves has passed.
+        patience: that time, in seconds.
     """
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + patience
     if not gently:
         _signal_children(signal.SIGTERM)
     while _reap_children() and time.monotonic() < deadline:

@@ -1,8 +1,9 @@
 """The zygote after forking: watches its children until all have ended, and ends them together when one fails.
 
-frames of a worker   seated, progress, note, trace, finished, wants, left, exit, error, done
+frames of a worker   seated, progress, note, trace, finished, wants, halted, left, exit, error, done
 a worker's end       told by its pidfd, so no pid is ever mistaken for another
 one failure          SIGTERM to the rest, SIGKILL half a second later
+a signal             the first lets the workers finish their step, the second ends them at once
 """
 
 from __future__ import annotations
@@ -14,20 +15,24 @@ import selectors
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from samestep.core.worker import Wish
 from samestep.launching import zygote
 from samestep.launching.channel import Frame, channel
 from samestep.launching.context import WorkerContext
+from samestep.launching.control import Control
 from samestep.launching.crash import Crash
 from samestep.launching.failure import SETTINGS_CODE, Failure
 from samestep.launching.fence import Fence
 from samestep.launching.injector import Injector
 from samestep.launching.leftovers import end_orphans
+from samestep.launching.orders import Orders
 from samestep.launching.output import Plumbing, WorkerOutput, keep
 from samestep.launching.restarts import IN_VAIN, Restarts
+from samestep.launching.signals import signals_into
 from samestep.launching.stack import StackFile
 from samestep.launching.verdict import Action, Outcome, Verdict
 
@@ -35,9 +40,10 @@ _PATIENCE = 0.5
 """Seconds between SIGTERM and SIGKILL."""
 _GRACE = 2.0
 """Seconds that the others get to do what one worker did: leave with `sys.exit`, or tell why a peer is gone."""
+_STEP = 3.0
+"""Seconds that workers have to come to the end of their step when the run is to end."""
 _POLL = 0.002
 """Seconds between looks at whether a fault is due."""
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Watcher(Protocol):
@@ -64,6 +70,8 @@ class Fleet:
         snapshots: where the newest state is kept; with it, a fleet that loses a worker is started again.
         num_oom_kills: tells how often the kernel has killed a process for want of memory.
         injector: what strikes the workers on purpose (`samestep chaos`).
+        orders: what workers are told while they run; with it, and `snapshots`, a signal lets them finish their step.
+        control: where the user's commands come in.
     """
 
     body: zygote.Body
@@ -74,6 +82,18 @@ class Fleet:
     snapshots: Snapshots | None = None
     injector: Injector | None = None
     num_oom_kills: Callable[[], int] = int
+    orders: Orders | None = None
+    control: Control | None = None
+
+    @property
+    def can_finish(self) -> bool:
+        """Whether there is anything to keep at the end of a step: not before the run has recorded a call."""
+        return self.orders is not None and self.snapshots is not None and self.snapshots.num_calls > 0
+
+    def scaled(self, num_workers: int) -> Fleet:
+        """Return the fleet with another number of workers, whatever the script says."""
+        options = {**self.context.get("options", {}), "workers": num_workers}
+        return replace(self, context={**self.context, "options": options})
 
 
 class Snapshots(Protocol):
@@ -88,18 +108,24 @@ def supervise(fleet: Fleet, num_workers: int, watcher: Watcher) -> Outcome:
     """Start a fleet and return when its last process is gone.
 
     A script may want more workers than were started before it ran; then it is started again with that many. A fleet
-    that lost a worker is started again from the newest state, unless it is in vain.
+    that lost a worker is started again from the newest state, unless it is in vain; one that was ordered to scale, with
+    the number that was ordered.
 
     Raises:
         SettingsError: this process must not fork.
     """
     zygote.adopt_orphans()
     restarts, fence = Restarts(), Fence()
-    while True:
-        outcome = _Supervisor(fleet, num_workers, watcher, restarts, fence).run()
-        if outcome.wants is None and not outcome.restarts:
-            return outcome
-        num_workers = outcome.wants or num_workers
+    received: list[int] = []
+    with signals_into(received) as wake:
+        while True:
+            outcome = _Supervisor(fleet, num_workers, watcher, restarts, fence).run(received, wake)
+            if outcome.wants is None and not outcome.restarts:
+                return outcome
+            num_workers = outcome.wants or num_workers
+            if fleet.control is not None and outcome.wants is not None and fleet.control.scaled():
+                fleet = fleet.scaled(num_workers)
+                watcher.frame(Frame("scaled", {"num_workers": num_workers}))
 
 
 class _Member:
@@ -148,19 +174,26 @@ class _Supervisor:
         self._is_ending = False
         self._deadline: float | None = None
 
-    def run(self) -> Outcome:
-        """Fork, watch, and give the outcome when every process is gone and every descriptor closed."""
+    def run(self, signals: list[int], wake: socket.socket) -> Outcome:
+        """Fork, watch, and give the outcome when every process is gone and every descriptor closed.
+
+        Args:
+            signals: those that have come, and will come.
+            wake: becomes readable when one comes.
+        """
         shared = self._fleet.share(self._num_workers) if self._fleet.share and self._num_workers > 1 else None
         self._shared = shared
+        self._signals = signals
         try:
-            with _signals_into(self._signals) as wake:
-                self._selector.register(wake, selectors.EVENT_READ, lambda: wake.recv(64))
-                try:
-                    self._start(shared)
-                    self._watch()
-                finally:
-                    self._end_all()
-            outcome = self._verdict.outcome()
+            self._selector.register(wake, selectors.EVENT_READ, lambda: wake.recv(64))
+            if self._fleet.control is not None:
+                self._on_readable(self._fleet.control, self._fleet.control.serve, self._signals)
+            try:
+                self._start(shared)
+                self._watch()
+            finally:
+                self._end_all()
+            outcome = replace(self._verdict.outcome(), run_folder=self._run_folder)
             if self._starts_again(outcome):
                 return replace(outcome, restarts=True)
             if outcome.error and self._restarts.count:
@@ -189,6 +222,8 @@ class _Supervisor:
         zygote.check_one_task()
         zygote.freeze()
         self._fence.begin(self._num_workers)
+        if self._fleet.orders is not None:
+            self._fleet.orders.begin()
         for rank in range(self._num_workers):
             self._members.append(_Member(rank, self._fleet.plumbing))
         for member in self._members:
@@ -220,6 +255,8 @@ class _Supervisor:
         me.output.enter()
         me.stack.enter()
         self._selector.close()
+        if self._fleet.control is not None:
+            self._fleet.control.abandon()
         for member in self._members:
             member.receiver.close()
             if member is not me:
@@ -240,7 +277,7 @@ class _Supervisor:
             while self._signals:
                 if self._is_ending:
                     self._deadline = time.monotonic()
-                self._do(self._verdict.interrupted(self._signals.pop(0)))
+                self._do(self._verdict.interrupted(self._signals.pop(0), self._fleet.can_finish))
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 self._deadline_passed()
             hung = None if self._is_ending else self._fence.look(time.monotonic(), self._members, self._run_folder)
@@ -273,9 +310,13 @@ class _Supervisor:
             return self._verdict.left(member.rank, frame.info)
         if frame.kind == "wants":
             return self._verdict.wants(frame.info["num_workers"])
+        if frame.kind == "halted":
+            return self._verdict.halted(self._fleet.control.target if self._fleet.control is not None else None)
         if frame.kind == "seated":
             self._run_folder = frame.info.get("run_folder") or self._run_folder
             self._fence.seated(frame.info.get("call", 0), frame.info.get("hang_after"))
+        if self._fleet.control is not None:
+            self._fleet.control.hear(frame)
         if frame.kind not in ("done", "left") and self._watcher.frame(frame):
             return Action.END_NOW
         return Action.GO_ON
@@ -307,13 +348,29 @@ class _Supervisor:
     def _do(self, action: Action) -> None:
         if action is Action.END_SOON and self._deadline is None:
             self._deadline = time.monotonic() + _GRACE
-        if action is Action.END_NOW and not self._is_ending:
+        if action is Action.FINISH and self._fleet.orders is not None and not self._is_ending:
+            self._fleet.orders.give(Wish.STOP)
+            self._deadline = time.monotonic() + _STEP
+            text = "samestep: The run ends after this step. Once more (Ctrl-C) ends it at once."
+            self._watcher.frame(Frame("note", {"text": text}))
+        if action in (Action.END_NOW, Action.END_AT_ONCE) and not self._is_ending:
             self._is_ending = True
             self._deadline = time.monotonic() + _PATIENCE
+            if self._fleet.orders is not None:
+                self._fleet.orders.end()
             for member in self._members:
                 member.send_signal(signal.SIGTERM)
+        if action is Action.END_AT_ONCE:
+            self._deadline = time.monotonic()
 
     def _deadline_passed(self) -> None:
+        orders = self._fleet.orders
+        if not self._is_ending and orders is not None and orders.is_reached and self._verdict.may_write:
+            # A large checkpoint takes as long as it takes.
+            self._deadline = None
+            text = "samestep: The checkpoint is still being written. Once more (Ctrl-C) ends the run without it."
+            self._watcher.frame(Frame("note", {"text": text}))
+            return
         if not self._is_ending:
             self._do(self._verdict.waited())
             return
@@ -328,7 +385,7 @@ class _Supervisor:
                 member.send_signal(signal.SIGKILL)
                 os.waitpid(member.pid, 0)
                 member.is_alive = False
-        end_orphans(gently=not self._is_ending)
+        end_orphans(gently=not self._is_ending, patience=0.2 if self._verdict.is_hurried else 1.0)
 
 
 def _with_output(outcome: Outcome, outputs: list[WorkerOutput], run_folder: str | None) -> Outcome:
@@ -346,20 +403,3 @@ def _with_output(outcome: Outcome, outputs: list[WorkerOutput], run_folder: str 
 def _forget(selector: selectors.BaseSelector, source: Any) -> None:
     with contextlib.suppress(KeyError, ValueError):
         selector.unregister(source)
-
-
-@contextlib.contextmanager
-def _signals_into(received: list[int]) -> Iterator[socket.socket]:
-    """Collect signals in a list, and give a socket that becomes readable when one comes."""
-    near, far = socket.socketpair()
-    far.setblocking(False)
-    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in _SIGNALS}
-    before_fd = signal.set_wakeup_fd(far.fileno())
-    try:
-        yield near
-    finally:
-        signal.set_wakeup_fd(before_fd)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        near.close()
-        far.close()

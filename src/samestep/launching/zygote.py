@@ -20,6 +20,7 @@ from collections.abc import Callable
 from samestep.errors import SettingsError
 from samestep.launching.context import WorkerContext, enter
 from samestep.launching.failure import SETTINGS_CODE, Failure
+from samestep.launching.orders import Orders
 
 WARM = ("numpy", "torch", "torch.distributed", "torch._dynamo")
 """Imported before forking. The first optimizer that is built imports torch._dynamo, half of torch's own start."""
@@ -106,10 +107,10 @@ def freeze() -> None:
 def _live(context: WorkerContext, body: Body) -> int:
     """Run the body, tell the supervisor how it ended, and end as Python would. Returns the exit code."""
     signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    # A terminal sends Ctrl-C to every process; the supervisor decides what it means.
+    signal.signal(signal.SIGTERM, _end_if_ordered(context.orders) if context.orders is not None else signal.SIG_DFL)
+    # A terminal sends Ctrl-C, and that it closes, to every process; the supervisor decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     enter(context)
     try:
         code = _outcome(context, body)
@@ -122,6 +123,18 @@ def _live(context: WorkerContext, body: Body) -> int:
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
     return code
+
+
+def _end_if_ordered(orders: Orders) -> Callable[[int, object], None]:
+    """Return what a worker does at SIGTERM: end if its supervisor sent it. A child that it forked ends always."""
+    worker = os.getpid()
+
+    def end(number: int, _: object) -> None:
+        if orders.is_ending or os.getpid() != worker:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    return end
 
 
 def _outcome(context: WorkerContext, body: Body) -> int:

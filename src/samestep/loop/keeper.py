@@ -5,6 +5,9 @@ state at the point of the script where it was kept.
 
     in files     every so many steps, when `run.steps` ends, when main ends, and where the user asks
     in memory    about every 0.2 s, so that a fleet which loses a worker starts again where it was
+
+The supervisor may order the run to stop, or to go on with another number of workers. All workers hear of it at the
+same call, and leave at the end of the step, once the state is in files, or in memory.
 """
 
 from __future__ import annotations
@@ -13,11 +16,12 @@ import time
 from typing import Any, Protocol
 
 from samestep.core import checkpoint
-from samestep.core.calls import Calls, line_of_user
+from samestep.core.calls import Calls, Halted, line_of_user
 from samestep.core.clock import Clock
 from samestep.core.group import Group
 from samestep.core.ledger import Ledger
-from samestep.core.snapshot import Snapshots
+from samestep.core.snapshot import FROM_MEMORY, Snapshots
+from samestep.core.worker import Wish
 from samestep.data.proof import SampleCount
 from samestep.errors import SettingsError, StorageError
 from samestep.loop.archive import Archive
@@ -26,8 +30,6 @@ from samestep.loop.mismatch import Conditions
 from samestep.loop.recipe import Keeping
 from samestep.loop.record import Record
 
-_SNAPSHOT = 1
-"""What the first worker asks for."""
 _SNAPSHOT_SECONDS = 0.2
 _SNAPSHOT_SHARE = 100
 """Snapshots are at least so long apart, and so many times what one takes: about 1 % of the time."""
@@ -50,13 +52,24 @@ class Kept(Protocol):
         """Saves and restores the model."""
 
 
+class Orders(Protocol):
+    """What the supervisor wants of the run."""
+
+    def pending(self) -> int:
+        """Return the orders that stand (`Wish`, or-ed)."""
+
+    def reached(self) -> None:
+        """Take note that the workers have come to the end of a step, and carry the orders out."""
+
+
 class Keeper:
     """One worker's side of keeping a run."""
 
-    def __init__(self, run: Kept, snapshots: Snapshots | None):
-        """Keep `run`, also in `snapshots` if there are any."""
+    def __init__(self, run: Kept, snapshots: Snapshots | None, orders: Orders | None = None):
+        """Keep `run`, also in `snapshots` if there are any, and end it when `orders` say so."""
         self._run = run
         self._snapshots = snapshots
+        self._orders = orders
         self._saved: checkpoint.Checkpoint | None = None
         self._last_write = -1
         self._snapshot_due = 0.0
@@ -120,22 +133,39 @@ class Keeper:
         for feed, read in zip(self._run.feeds.values(), saved.facts["reads"], strict=True):
             feed.restore(SampleCount.from_state(read) if self._run.group.worker.is_first else SampleCount())
         self._run.clock.add(saved.facts["elapsed"])
-        self._last_write = self._run.record.num_steps
+        done, folder = self._run.record.num_steps, self._run.keeping.checkpoint
+        is_written = folder is None or saved.path != FROM_MEMORY or checkpoint.path_of(folder, done).exists()
+        self._last_write = done if is_written else -1
         if self._num_known and len(self._run.ledger) >= self._num_known:
             self._run.record.caught_up()
         return True
 
     def after_step(self, last: bool) -> None:
-        """Keep the state if it is due: every so many steps, and when `run.steps` ends."""
+        """Keep the state if it is due: every so many steps, when `run.steps` ends, and by order.
+
+        Raises:
+            Halted: the workers were ordered to leave.
+        """
         if self._saved is not None:
             self.reach("after_step")
             return
         keeping, done = self._run.keeping, self._run.record.num_steps
-        due = last or (keeping.every is not None and done % keeping.every == 0)
+        stops = self._run.calls.heard(Wish.STOP)
+        # Without a snapshot, another number of workers would have nothing to go on from.
+        scales = self._run.calls.heard(Wish.SCALE) and self._snapshots is not None
+        if (stops or scales) and self._orders is not None and self._run.group.worker.is_first:
+            self._orders.reached()
+        due = last or stops or (keeping.every is not None and done % keeping.every == 0)
         if keeping.checkpoint is not None and due and done != self._last_write:
             self.write(keeping.checkpoint, "after_step", keeping.keep)
         if self._snapshots is not None:
-            self._snapshot_if_due(self._snapshots)
+            self._snapshot_if_due(self._snapshots, at_once=scales and not stops)
+        # A stop may have been ordered while the state was kept in memory.
+        late = scales and not stops and self._run.calls.heard(Wish.STOP)
+        if keeping.checkpoint is not None and late and done != self._last_write:
+            self.write(keeping.checkpoint, "after_step", keeping.keep)
+        if stops or scales:
+            self._run.calls.halt(Halted())
 
     def at_end(self) -> None:
         """Keep the state of a run whose main has ended."""
@@ -185,15 +215,15 @@ class Keeper:
         # None may write, or set files aside, before all have read.
         self._run.group.exchange(b"")
 
-    def _snapshot_if_due(self, snapshots: Snapshots) -> None:
+    def _snapshot_if_due(self, snapshots: Snapshots, at_once: bool) -> None:
         """Keep the state in memory if the first worker asked for it in this step; let it ask for the next step."""
         run, begin = self._run, time.perf_counter()
-        if run.calls.heard(_SNAPSHOT):
+        if run.calls.heard(Wish.SNAPSHOT) or at_once:
             run.archive.snapshot(snapshots, run.record.num_steps, self._facts("after_step", "run.steps (snapshot)"))
             now = time.perf_counter()
             self._snapshot_due = now + max(_SNAPSHOT_SECONDS, _SNAPSHOT_SHARE * (now - begin))
         elif run.group.worker.is_first and begin >= self._snapshot_due:
-            run.calls.ask(_SNAPSHOT)
+            run.calls.ask(Wish.SNAPSHOT)
 
     def _facts(self, made_by: str, kind: str) -> dict[str, Any]:
         """Return what the run needs to go on, beside the state. Collective."""

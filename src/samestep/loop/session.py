@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from samestep.core import wire
-from samestep.core.calls import Calls, line_of_user
+from samestep.core.calls import Calls, Halted, line_of_user
 from samestep.core.clock import Clock, Pulse
 from samestep.core.digest import joined_digest, state_digest, tensors_digest
 from samestep.core.group import Group
@@ -20,15 +20,15 @@ from samestep.core.snapshot import Snapshots
 from samestep.errors import MismatchError, UsageError
 from samestep.loop.archive import Archive
 from samestep.loop.feed import Feed
-from samestep.loop.keeper import Keeper, totals
+from samestep.loop.keeper import Keeper, Orders, totals
 from samestep.loop.mismatch import Conditions
 from samestep.loop.recipe import Keeping, Recipe
 from samestep.loop.record import Record, combined
 from samestep.loop.reporter import Reporter
 
 
-class TraceEnded(Exception):
-    """The steps asked for by `verify` are done. Not an error."""
+class TraceEnded(Halted):
+    """The steps asked for by `verify` are done."""
 
 
 class Session:
@@ -54,6 +54,7 @@ class Session:
         reporter: Reporter,
         snapshots: Snapshots | None = None,
         pulse: Pulse | None = None,
+        orders: Orders | None = None,
     ):
         self.recipe = recipe
         self.keeping = keeping
@@ -61,7 +62,7 @@ class Session:
         self.worker = group.worker
         self.num_replicas = recipe.num_replicas(group.worker.size)
         self.clock = Clock(pulse)
-        self.calls = Calls(group, self.clock)
+        self.calls = Calls(group, self.clock, orders.pending if orders is not None and self.worker.is_first else None)
         self.ledger = Ledger()
         self.record = Record(group.worker, reporter, self.clock)
         self.conditions = Conditions(recipe, keeping, group.worker.device, self.record.note)
@@ -69,7 +70,7 @@ class Session:
         self.agreed: Any = None
         self.whereabouts: Callable[[], str] = str
         self.num_reseeds = 0
-        self.keeper = Keeper(self, snapshots)
+        self.keeper = Keeper(self, snapshots, orders)
         self.feeds: dict[Any, Feed] = {}
         self._planned: dict[str, Any] = {}
 
@@ -156,7 +157,7 @@ class Session:
             self.record.trace(step, loss, self.model.named_tensors())
             if self.record.num_steps >= self.keeping.trace:
                 self.calls.meet("run.steps (trace)", "")
-                raise TraceEnded
+                self.calls.halt(TraceEnded())
 
     def save(self, folder: str, where: str) -> None:
         """Write the checkpoint that the user asked for. Collective."""

@@ -4,12 +4,16 @@
     origin       the code and the environment that a run comes from
     seat         a worker's part in a launch call
     audience     what the user is shown while a run goes on, and at its end
+    farewell     what a run says that a signal has ended
     entry        the ways in: `launch`, `samestep run`, `samestep verify`, and the zygote of a `launch` elsewhere
     checkpoints  what `samestep checkpoint` does
 
 Nothing here imports torch before the environment has been prepared.
 """
 
+from samestep.launching.runs import ask as ask_run
+from samestep.launching.runs import find as find_run
+from samestep.launching.runs import live as live_runs
 from samestep.measure.comparison import SUSPECTS, first_difference
 from samestep.settings.checkpoints import export_weights, stored_checkpoints
 from samestep.settings.entry import Chaos, chaos_script, launch, run_script, serve, verify_script
@@ -19,10 +23,13 @@ __all__ = [
     "SUSPECTS",
     "Chaos",
     "Options",
+    "ask_run",
     "chaos_script",
     "export_weights",
+    "find_run",
     "first_difference",
     "launch",
+    "live_runs",
     "run_script",
     "serve",
     "stored_checkpoints",

@@ -29,6 +29,7 @@ class Audience:
     def __init__(self, title: str):
         self.result: bytes | None = None
         self.facts: dict[int, dict[str, Any]] = {}
+        self._scaled: list[int] = []
         self._progress = Progress(title, sys.stderr, is_live=os.isatty(2))
 
     def frame(self, frame: Frame) -> bool:
@@ -37,12 +38,18 @@ class Audience:
             self._progress.update(frame.info)
         elif frame.kind == "note":
             self._progress.say(frame.info["text"])
+        elif frame.kind == "scaled":
+            self._scaled.append(frame.info["num_workers"])
+            self._progress.say(f"samestep: Now {_workers_in_words(self._scaled[-1])}.")
         elif frame.kind == "finished":
             if frame.info["warning"]:
                 self._progress.say(frame.info["warning"])
             self.result = frame.blob
             # A run that was started again may finish a call twice.
-            self.facts[frame.info["call"]] = frame.info["facts"]
+            self.facts[frame.info["call"]] = facts = frame.info["facts"]
+            if self._scaled:
+                words = ", then ".join(map(_workers_in_words, self._scaled))
+                facts["notes"] = [*(facts.get("notes") or ()), f"Scaled while it ran, to {words}."]
         return False
 
     def output(self, stream: int, data: bytes) -> None:
@@ -64,6 +71,10 @@ class Audience:
             show(facts, sys.stderr)
         if summary_path is not None and self.facts:
             store(self.facts[max(self.facts)], summary_path)
+
+
+def _workers_in_words(count: int) -> str:
+    return f"{count} worker{'s' * (count != 1)}"
 
 
 class TraceAudience:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import random
@@ -12,11 +13,15 @@ from typing import Any, Literal, NoReturn, TypedDict, Unpack
 
 from samestep.errors import SamestepError, SettingsError, UsageError, WorkerError
 from samestep.launching import caller, environment, payload, script, zygote
+from samestep.launching.channel import Frame
 from samestep.launching.context import WorkerContext, current
+from samestep.launching.control import Control
 from samestep.launching.failure import SETTINGS_CODE, Failure
 from samestep.launching.leftovers import without_empty_folders
+from samestep.launching.orders import Orders
 from samestep.launching.output import Muted, Plumbing
 from samestep.launching.supervisor import Fleet, supervise
+from samestep.launching.verdict import Outcome
 from samestep.settings import seat
 from samestep.settings.options import Options, words_of
 
@@ -133,7 +138,7 @@ def run_script(
 
         audience = Audience(_title(program))
         fleet = _fleet(functools.partial(_play_script, program), options, plumbing())
-        outcome = supervise(fleet, num_workers, audience)
+        outcome = _supervise(fleet, num_workers, audience, _title(program))
     audience.end(summary_path)
     return outcome.code, outcome.message
 
@@ -257,7 +262,7 @@ def serve(descriptor: int, caller_pid: int) -> int:
     zygote.die_with(caller_pid)
     job, sender = caller.receive(descriptor)
     sys.path[:] = job.sys_path
-    with without_empty_folders():
+    with without_empty_folders(), contextlib.suppress(KeyboardInterrupt):
         zygote.warm(_WARM)
         from samestep.settings.audience import Audience, plumbing
 
@@ -266,14 +271,38 @@ def serve(descriptor: int, caller_pid: int) -> int:
         body = functools.partial(_play_payload, job)
         fleet = _fleet(body, options, plumbing(), earlier=job.earlier, leaves=True)
         try:
-            outcome = supervise(fleet, job.num_workers, audience)
+            outcome = _supervise(fleet, job.num_workers, audience, _title(job.script))
             code, message = outcome.code, outcome.message
         except SamestepError as error:
             code, message = 1, Failure.of(error).text()
-    audience.end()
-    has_result = code == 0 and audience.result is not None
-    sender.send("reply", {"code": code, "message": message, "has_result": has_result}, audience.result or b"")
-    return 0
+        audience.end()
+        has_result = code == 0 and audience.result is not None
+        sender.send("reply", {"code": code, "message": message, "has_result": has_result}, audience.result or b"")
+        return 0
+    return 130
+
+
+def _supervise(fleet: Fleet, num_workers: int, audience: Any, title: str) -> Outcome:
+    """Supervise a fleet that its user can speak to, and say at the end what was kept."""
+    from samestep.settings.farewell import with_farewell
+
+    assert fleet.orders is not None
+    try:
+        control = Control(title, fleet.orders, _check_scale)
+    except OSError as error:
+        audience.frame(Frame("note", {"text": f"samestep: ps, scale and stop will not find this run: {error}."}))
+        return with_farewell(supervise(fleet, num_workers, audience))
+    message = ""
+    try:
+        outcome = with_farewell(supervise(replace(fleet, control=control), num_workers, audience))
+        message = outcome.message if outcome.ended_by is not None else "The run ended by itself."
+    finally:
+        control.close(message)
+    return outcome
+
+
+def _check_scale(settings: dict[str, Any], num_workers: Any) -> None:
+    replace(Options.from_dict(settings), workers=num_workers).check()
 
 
 def _launch_elsewhere(main: Callable[[Any], Any], asked: Options) -> Any:
@@ -295,10 +324,10 @@ def _launch_elsewhere(main: Callable[[Any], Any], asked: Options) -> Any:
         _leave(SETTINGS_CODE, Failure.of(error).text())
     try:
         reply = caller.call(job)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if home is None:
             raise
-        _leave(130, "samestep: SIGINT ended the run.")
+        _leave(130, str(error) or "samestep: SIGINT ended the run before it began.")
     _earlier.append(reply.result if reply.code == 0 and reply.result is not None else b"")
     if reply.code and home is not None:
         _leave(reply.code, reply.message)
@@ -320,14 +349,16 @@ def _fleet(body: zygote.Body, options: Options, plumbing: Plumbing, **context: A
 
     # Its memory has no name and goes with this process. `verify` compares runs: a death is an error there.
     snapshots = Snapshots() if options.trace is None else None
+    orders = Orders()
     return Fleet(
         body=body,
-        context={"options": options.to_dict(), "snapshots": snapshots, **context},
+        context={"options": options.to_dict(), "snapshots": snapshots, "orders": orders, **context},
         share=Handles.create,
         plumbing=plumbing,
         run_folder=options.checkpoint,
         snapshots=snapshots,
         num_oom_kills=num_oom_kills,
+        orders=orders,
     )
 
 

@@ -19,7 +19,13 @@ Main = Callable[[Any], Any]
 
 
 def play(
-    main: Main, options: Options, group: Any, reporter: Any, snapshots: Any = None, pulse: Any = None
+    main: Main,
+    options: Options,
+    group: Any,
+    reporter: Any,
+    snapshots: Any = None,
+    pulse: Any = None,
+    orders: Any = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Call the user's function with a run.
 
@@ -30,6 +36,7 @@ def play(
         reporter: where progress goes.
         snapshots: where the newest state is kept outside of the workers, or None.
         pulse: where this worker shows that it makes progress, or None.
+        orders: what the supervisor wants of the run, or None.
 
     Returns:
         What the function returned, and the facts of the run (complete on the first worker).
@@ -45,7 +52,7 @@ def play(
     recipe = options.recipe()
     torch.set_num_threads(recipe.threads)
     keeping = replace(options.keeping(), origin=origin_of(main, options.device))
-    session = Session(recipe, keeping, group, reporter, snapshots, pulse)
+    session = Session(recipe, keeping, group, reporter, snapshots, pulse, orders)
     seed_start(recipe.seed)
     try:
         result = main(Run(session))
@@ -74,13 +81,14 @@ def take_part(context: WorkerContext, main: Main, asked: Options) -> Any:
     worker = _seat(context, options)
     if context.group is None:
         context.group = _group(worker, context.shared)
-    if worker.is_first:
-        watched = {"call": number, "hang_after": options.hang_after}
-        context.sender.send("seated", {"num_workers": worker.size, "run_folder": options.checkpoint, **watched})
-    from samestep.loop.session import TraceEnded
-
     # Of several launch calls in a script only the first is kept in memory: it is the one that a new fleet comes to.
     snapshots = context.snapshots if number == len(context.earlier) and options.trace is None else None
+    if worker.is_first:
+        told = {"num_workers": worker.size, "run_folder": options.checkpoint, "options": options.to_dict()}
+        watched = {"call": number, "hang_after": options.hang_after}
+        context.sender.send("seated", {**told, **watched, "can_scale": snapshots is not None})
+    from samestep.core.calls import Halted
+
     if snapshots is None or not snapshots.num_calls:
         context.unmute()
     context.is_playing = True
@@ -88,8 +96,10 @@ def take_part(context: WorkerContext, main: Main, asked: Options) -> Any:
         context.pulse.start()
     try:
         reporter = ChannelReporter(context.sender, context.unmute)
-        result, facts = play(main, options, context.group, reporter, snapshots, context.pulse)
-    except TraceEnded:
+        result, facts = play(main, options, context.group, reporter, snapshots, context.pulse, context.orders)
+    except Halted:
+        if worker.is_first:
+            context.sender.send("halted")
         context.leave()
     context.is_playing = False
     if worker.is_first:

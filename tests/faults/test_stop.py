@@ -1,0 +1,131 @@
+"""Ctrl-C and its kin: the step is finished, a checkpoint written, everything is gone, and the run can go on."""
+
+import os
+import signal
+import time
+
+import pytest
+
+
+def ended_within(run, seconds):
+    begin = time.monotonic()
+    code, err = run.end()
+    took = time.monotonic() - begin
+    assert took < seconds, err
+    return code, err.splitlines()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_keeps_the_step_and_the_run_goes_on_to_the_same_bits(steered, shell, undisturbed, number):
+    run = steered("--workers", 2, "--checkpoint", "kept")
+    run.read_until("step 5")
+    run.process.send_signal(number)
+    code, lines = ended_within(run, 5)
+    assert code == 128 + number
+    (last,) = [int(line.split()[1]) for line in run.lines[-1:]]
+    assert last < 12, "it finished its step, no more"
+    assert lines == [
+        "samestep: The run ends after this step. Once more (Ctrl-C) ends it at once.",
+        f"samestep: {number.name} ended the run. What is kept is the checkpoint after step {last + 1}: "
+        "go on with --resume kept.",
+    ]
+    assert [path.name for path in (shell.folder / "kept").glob("step-*")] == [f"step-{last + 1:08}"]
+
+    if number == signal.SIGHUP:
+        return
+    on = steered("--workers", 3, "--checkpoint", "kept", "--resume", "kept", seconds=0.0)
+    code, err = on.end()
+    assert code == 0, err
+    assert on.result == undisturbed
+
+
+def test_without_a_folder_nothing_is_kept_and_that_is_said(steered):
+    run = steered("--workers", 2)
+    run.read_until("step 5")
+    run.process.send_signal(signal.SIGINT)
+    code, lines = ended_within(run, 5)
+    assert code == 130
+    assert lines[-1] == (
+        "samestep: SIGINT ended the run. Nothing is kept, because no checkpoint folder was set (--checkpoint DIR)."
+    )
+    assert "swallowed by except Exception" not in run.lines
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_script_by_itself_is_stopped_in_the_same_way(steered, number):
+    run = steered(by=(), after=("checkpoint=kept",))
+    run.read_until("step 5")
+    run.process.send_signal(number)
+    code, lines = ended_within(run, 5)
+    assert code == 128 + number
+    assert "What is kept is the checkpoint after step" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("mode", "line", "kept"),
+    [
+        ("shard", "in a shard", "Nothing is kept: no checkpoint had been written to kept yet."),
+        ("builds", "building", "Nothing is kept: no checkpoint had been written to kept yet."),
+        ("mean", "in run.mean", "What is kept is the checkpoint after step 60: go on with --resume kept."),
+    ],
+)
+def test_where_no_step_ends_in_time_the_newest_checkpoint_stays(steered, mode, line, kept):
+    run = steered("--workers", 2, "--checkpoint", "kept", mode=mode, seconds=0.0)
+    run.read_until(line)
+    run.process.send_signal(signal.SIGINT)
+    code, lines = ended_within(run, 5)
+    assert code == 130
+    assert lines[-1] == f"samestep: SIGINT ended the run. {kept}"
+
+
+@pytest.mark.parametrize("by", [("-m", "samestep", "run"), ()])
+def test_the_second_ctrl_c_ends_it_at_once(steered, by):
+    run = steered(mode="shard", seconds=0.0, by=by)
+    run.read_until("in a shard")
+    run.process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    run.process.send_signal(signal.SIGINT)
+    code, lines = ended_within(run, 1)
+    assert code == 130
+    assert "Nothing is kept" in lines[-1]
+
+
+def test_a_signal_that_comes_twice_at_once_counts_once(steered):
+    run = steered("--workers", 2, "--checkpoint", "kept")
+    run.read_until("step 5")
+    for _ in range(3):
+        run.process.send_signal(signal.SIGTERM)
+        time.sleep(0.02)
+    code, lines = ended_within(run, 5)
+    assert code == 143
+    assert "What is kept is the checkpoint after step" in lines[-1]
+
+
+def test_a_signal_to_every_process_of_the_run_is_as_good(steered, shell):
+    run = steered("--workers", 2, "--checkpoint", "kept")
+    run.read_until("step 5")
+    for pid in shell.processes():
+        os.kill(pid, signal.SIGTERM)
+    code, lines = ended_within(run, 5)
+    assert code == 143
+    assert "What is kept is the checkpoint after step" in lines[-1]
+
+
+def test_a_script_that_swallows_everything_is_stopped_all_the_same(steered):
+    run = steered("--workers", 2, "--checkpoint", "kept", mode="swallows")
+    run.read_until("step 5")
+    run.process.send_signal(signal.SIGINT)
+    code, lines = ended_within(run, 5)
+    assert code == 130
+    assert "swallowed" in run.lines
+    assert "after the steps" not in run.lines
+    assert "What is kept is the checkpoint after step" in lines[-1]
+
+
+def test_an_interrupt_while_everything_is_imported_shows_no_traceback(steered):
+    run = steered()
+    time.sleep(0.8)
+    run.process.send_signal(signal.SIGINT)
+    code, lines = ended_within(run, 5)
+    assert code == 130
+    assert len(lines) == 1 and lines[0].startswith("samestep: SIGINT ended")
