@@ -47,6 +47,11 @@ class Snapshots:
     def num_calls(self, count: int) -> None:
         self._words[2] = max(self._words[2], count)
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the snapshots take."""
+        return sum(os.fstat(memory).st_size for memory in self._memories)
+
     def write(
         self, step: int, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], facts: dict[str, Any]
     ) -> int:

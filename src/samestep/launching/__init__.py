@@ -15,6 +15,7 @@
     control     the door of a run, for its user's commands
     request     frames between such a command and a run
     runs        the runs that live on this host
+    imports     libraries of the script, taken over by the zygote
     injector    faults on purpose, for `samestep chaos`
     verdict     how a run ends, decided from what its workers said and how they died
     leftovers   what workers leave behind, ended with the run

@@ -22,6 +22,7 @@ class WorkerContext:
         num_forked: number of workers that were forked; a run may want fewer.
         sender: the way to the supervisor.
         shared: what the zygote made before forking for the workers to share; None for a lone worker.
+        known: modules that the zygote had imported before.
         pulse: where it shows the supervisor that it makes progress.
         options: what was set outside the script, as plain facts.
         earlier: results of the launch calls that the caller's process has already made.
@@ -39,6 +40,7 @@ class WorkerContext:
     num_forked: int
     sender: Sender
     shared: Any = None
+    known: frozenset[str] = frozenset()
     pulse: Pulse | None = None
     options: dict[str, Any] = field(default_factory=dict)
     earlier: tuple[bytes, ...] = ()

@@ -1,6 +1,6 @@
 """The zygote after forking: watches its children until all have ended, and ends them together when one fails.
 
-frames of a worker   seated, progress, note, trace, finished, wants, halted, left, exit, error, done
+frames of a worker   seated, imports, progress, note, trace, finished, wants, halted, left, exit, error, done
 a worker's end       told by its pidfd, so no pid is ever mistaken for another
 one failure          SIGTERM to the rest, SIGKILL half a second later
 a signal             the first lets the workers finish their step, the second ends them at once
@@ -27,6 +27,7 @@ from samestep.launching.control import Control
 from samestep.launching.crash import Crash
 from samestep.launching.failure import SETTINGS_CODE, Failure
 from samestep.launching.fence import Fence
+from samestep.launching.imports import Imports
 from samestep.launching.injector import Injector
 from samestep.launching.leftovers import end_orphans
 from samestep.launching.orders import Orders
@@ -115,11 +116,11 @@ def supervise(fleet: Fleet, num_workers: int, watcher: Watcher) -> Outcome:
         SettingsError: this process must not fork.
     """
     zygote.adopt_orphans()
-    restarts, fence = Restarts(), Fence()
+    restarts, fence, imports = Restarts(), Fence(), Imports()
     received: list[int] = []
     with signals_into(received) as wake:
         while True:
-            outcome = _Supervisor(fleet, num_workers, watcher, restarts, fence).run(received, wake)
+            outcome = _Supervisor(fleet, num_workers, watcher, restarts, fence, imports).run(received, wake)
             if outcome.wants is None and not outcome.restarts:
                 return outcome
             num_workers = outcome.wants or num_workers
@@ -158,11 +159,14 @@ class _Member:
 class _Supervisor:
     """One fleet, from fork to the last exit."""
 
-    def __init__(self, fleet: Fleet, num_workers: int, watcher: Watcher, restarts: Restarts, fence: Fence):
+    def __init__(
+        self, fleet: Fleet, num_workers: int, watcher: Watcher, restarts: Restarts, fence: Fence, imports: Imports
+    ):
         self._fleet = fleet
         self._watcher = watcher
         self._restarts = restarts
         self._fence = fence
+        self._imports = imports
         self._num_workers = num_workers
         self._members: list[_Member] = []
         self._shared: Any = None
@@ -172,6 +176,7 @@ class _Supervisor:
         self._num_oom_kills = fleet.num_oom_kills()
         self._run_folder = fleet.run_folder
         self._is_ending = False
+        self._keeps_state = True
         self._deadline: float | None = None
 
     def run(self, signals: list[int], wake: socket.socket) -> Outcome:
@@ -212,7 +217,9 @@ class _Supervisor:
 
     def _starts_again(self, outcome: Outcome) -> bool:
         snapshots = self._fleet.snapshots
-        if snapshots is None or outcome.died is None or not self._restarts.allow(snapshots.num_calls, outcome.error):
+        if snapshots is None or not self._keeps_state or outcome.died is None:
+            return False
+        if not self._restarts.allow(snapshots.num_calls, outcome.error):
             return False
         text = f"{outcome.died} All workers start again from the newest state."
         self._watcher.frame(Frame("note", {"text": f"samestep: {text}"}))
@@ -310,16 +317,26 @@ class _Supervisor:
             return self._verdict.left(member.rank, frame.info)
         if frame.kind == "wants":
             return self._verdict.wants(frame.info["num_workers"])
+        if frame.kind == "imports":
+            trial = self._imports.hear(frame.info["names"])
+            if trial is not None:
+                self._on_readable(trial, self._tried, trial)
+            return Action.GO_ON
         if frame.kind == "halted":
             return self._verdict.halted(self._fleet.control.target if self._fleet.control is not None else None)
         if frame.kind == "seated":
             self._run_folder = frame.info.get("run_folder") or self._run_folder
+            self._keeps_state = frame.info.get("keeps_state", True)
             self._fence.seated(frame.info.get("call", 0), frame.info.get("hang_after"))
         if self._fleet.control is not None:
             self._fleet.control.hear(frame)
         if frame.kind not in ("done", "left") and self._watcher.frame(frame):
             return Action.END_NOW
         return Action.GO_ON
+
+    def _tried(self, trial: int) -> None:
+        _forget(self._selector, trial)
+        self._imports.tried()
 
     def _show(self, member: _Member, stream: int) -> None:
         data = member.output.read(stream)
@@ -344,6 +361,10 @@ class _Supervisor:
             by_kernel = self._fleet.num_oom_kills() > self._num_oom_kills
             crash = Crash(dump=member.output.stack(), wrote_protected=wrote, by_kernel=by_kernel)
             self._do(self._verdict.died(member.rank, member.pid, status, member.told_end, crash))
+            if self._verdict.has_failed and self._fleet.can_finish and not self._verdict.is_interrupted:
+                # The others start again as well: nothing of theirs is worth the wait.
+                for other in self._members:
+                    other.send_signal(signal.SIGKILL)
 
     def _do(self, action: Action) -> None:
         if action is Action.END_SOON and self._deadline is None:
@@ -385,6 +406,7 @@ class _Supervisor:
                 member.send_signal(signal.SIGKILL)
                 os.waitpid(member.pid, 0)
                 member.is_alive = False
+        self._imports.close()
         end_orphans(gently=not self._is_ending, patience=0.2 if self._verdict.is_hurried else 1.0)
 
 

@@ -75,6 +75,11 @@ class Verdict:
         return bool(self._failures)
 
     @property
+    def is_interrupted(self) -> bool:
+        """Whether a signal has come."""
+        return self._signal is not None
+
+    @property
     def is_hurried(self) -> bool:
         """Whether a second signal has come."""
         return self._is_hurried

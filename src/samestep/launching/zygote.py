@@ -111,6 +111,7 @@ def _live(context: WorkerContext, body: Body) -> int:
     # A terminal sends Ctrl-C, and that it closes, to every process; the supervisor decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    context.known = frozenset(sys.modules)
     enter(context)
     try:
         code = _outcome(context, body)

@@ -82,6 +82,11 @@ class Keeper:
         return self._saved
 
     @property
+    def num_snapshot_bytes(self) -> int:
+        """Memory that is taken to survive dead workers."""
+        return self._snapshots.num_bytes if self._snapshots is not None else 0
+
+    @property
     def silent(self) -> bool:
         """Whether what happens now was reported before: in a replay, and until a dead fleet's steps are made again."""
         return self._saved is not None or len(self._run.ledger) < self._num_known

@@ -206,6 +206,7 @@ class Session:
             "device": self.worker.device,
             "seconds_total": self.clock.elapsed(),
             "state_bytes": self.model.state_bytes(),
+            "snapshot_bytes": self.keeper.num_snapshot_bytes,
             "logged": self.record.logged,
             "notes": self.record.notes,
             **combined(parts),

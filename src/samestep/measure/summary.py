@@ -132,6 +132,8 @@ def _all_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     used = f"{bytes_in_words(memory)} at most, over all workers" if memory else ""
     if state:
         used += f"{'; ' if used else ''}{bytes_in_words(state)} of it for training state" if used else ""
+    if used and facts.get("snapshot_bytes"):
+        used += f", {bytes_in_words(facts['snapshot_bytes'])} to survive deaths"
     return [
         ("result", _result_in_words(facts.get("result"))),
         ("last logged", _result_in_words(facts.get("logged") or None)),

@@ -40,6 +40,7 @@ class Saving(TypedDict, total=False):
     resume: str | os.PathLike[str] | None
     accept: str | Sequence[str] | None
     hang_after: float | None
+    protect: bool | None
 
 
 def launch(
@@ -64,6 +65,8 @@ def launch(
         workers: processes to start; default one per core, at most `replicas`.
         seed: of every random number.
         threads: intra-op threads of each worker, part of the recipe.
+        protect: keep the newest state in memory, so that the run survives dead workers (default). False saves that
+            memory (as much as weights and optimizer state, once or twice); a dead worker then ends the run.
         hang_after: seconds without progress after which a worker is replaced, or 8 times the usual step if that is
             longer; default 5; 0 for never.
         checkpoint: folder for checkpoints.
@@ -97,6 +100,7 @@ def launch(
         resume=os.fspath(resume) if resume is not None else None,
         accept=words_of(accept) if accept is not None else None,
         hang_after=saving.get("hang_after"),
+        protect=saving.get("protect"),
         device=environment.device_kind(),
     )
     context = current()

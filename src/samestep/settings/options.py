@@ -32,6 +32,7 @@ class Options:
         resume: checkpoint to go on from.
         device: "cpu" or "cuda".
         hang_after: seconds after which a worker that makes no progress counts as hung; 0 for never.
+        protect: whether the newest state is kept in memory, so that the run survives dead workers; True by default.
         trace: steps to record tensor digests of, then stop.
         accept: kinds of differences that are let pass (see `ACCEPTABLE`).
     """
@@ -45,6 +46,7 @@ class Options:
     resume: str | None = None
     device: str | None = None
     hang_after: float | None = None
+    protect: bool | None = None
     trace: int | None = None
     accept: tuple[str, ...] | None = None
 

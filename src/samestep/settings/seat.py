@@ -11,6 +11,7 @@ from samestep.errors import SettingsError, UsageError
 from samestep.launching import environment
 from samestep.launching.channel import ChannelReporter
 from samestep.launching.context import WorkerContext
+from samestep.launching.imports import learned
 from samestep.settings.options import Options
 from samestep.settings.origin import origin_of
 
@@ -82,11 +83,16 @@ def take_part(context: WorkerContext, main: Main, asked: Options) -> Any:
     if context.group is None:
         context.group = _group(worker, context.shared)
     # Of several launch calls in a script only the first is kept in memory: it is the one that a new fleet comes to.
-    snapshots = context.snapshots if number == len(context.earlier) and options.trace is None else None
+    is_kept = number == len(context.earlier) and options.trace is None and options.protect is not False
+    snapshots = context.snapshots if is_kept else None
     if worker.is_first:
         told = {"num_workers": worker.size, "run_folder": options.checkpoint, "options": options.to_dict()}
         watched = {"call": number, "hang_after": options.hang_after}
-        context.sender.send("seated", {**told, **watched, "can_scale": snapshots is not None})
+        kept = {"keeps_state": options.protect is not False, "can_scale": snapshots is not None}
+        context.sender.send("seated", {**told, **watched, **kept})
+        if snapshots is not None and (names := learned(context.known)):
+            # So that workers which start again need not import them once more.
+            context.sender.send("imports", {"names": names})
     from samestep.core.calls import Halted
 
     if snapshots is None or not snapshots.num_calls:
