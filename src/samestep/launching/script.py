@@ -49,6 +49,10 @@ class Script:
                 raise
             raise SettingsError(f"{self.path} is not a Python script: {error}.") from None
 
+    def keep(self) -> None:
+        """Keep the code as it is now: workers that this process forks later run it, even if the file is edited."""
+        _kept[os.path.abspath(self.path)] = self._code()
+
     def run(self) -> None:
         """Run the file as `__main__` in this process.
 
@@ -74,9 +78,15 @@ class Script:
 
     def _code(self) -> types.CodeType:
         path = os.path.abspath(self.path)
+        if path in _kept:
+            return _kept[path]
         with io.open_code(path) as file:
             source = file.read()
         return compile(source, path, "exec", dont_inherit=True)
+
+
+_kept: dict[str, types.CodeType] = {}
+"""Scripts by absolute path, as they were when the run began."""
 
 
 def of_this_process() -> Script | None:

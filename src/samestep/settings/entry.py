@@ -24,6 +24,7 @@ from samestep.launching.supervisor import Fleet, supervise
 from samestep.launching.verdict import Outcome
 from samestep.settings import seat
 from samestep.settings.options import Options, words_of
+from samestep.settings.origin import keep as keep_lines
 
 _WARM = (*zygote.WARM, "samestep.loop.run", "samestep.loop.session", "samestep.core.arena")
 """What the zygote imports, so that workers need not."""
@@ -133,6 +134,7 @@ def run_script(
     """
     program = script.Script(path=path, argv=(path, *arguments))
     program.check()
+    _keep(program)
     _check_folder_of(summary_path)
     num_workers = options.num_workers(environment.num_cores())
     environment.prepare()
@@ -182,6 +184,7 @@ def chaos_script(path: str, arguments: Sequence[str], options: Options, num_faul
     """
     program = script.Script(path=path, argv=(path, *arguments))
     program.check()
+    _keep(program)
     num_workers = options.num_workers(environment.num_cores())
     environment.prepare()
     with without_empty_folders():
@@ -234,6 +237,7 @@ def verify_script(
     """
     program = script.Script(path=path, argv=(path, *arguments))
     program.check()
+    _keep(program)
     for count in counts:
         replace(options, workers=count).check()
     environment.prepare()
@@ -272,6 +276,8 @@ def serve(descriptor: int, caller_pid: int) -> int:
 
         audience = Audience(_title(job.script))
         options = Options.from_dict(job.options)
+        if job.script is not None:
+            _keep(job.script)
         body = functools.partial(_play_payload, job)
         fleet = _fleet(body, options, plumbing(), earlier=job.earlier, leaves=True)
         try:
@@ -393,6 +399,12 @@ def _play_payload(job: payload.Payload, context: WorkerContext) -> None:
         "which your process made. Before launch() the script must do the same each time it runs: look for a condition "
         "on time, input or files."
     )
+
+
+def _keep(program: script.Script) -> None:
+    """Let all workers run the script as it is now: it may be edited meanwhile, and some of them start later."""
+    program.keep()
+    keep_lines(program.path)
 
 
 def _mute_what_was_shown(context: WorkerContext) -> None:

@@ -43,7 +43,7 @@ def origin_of(main: Callable[..., Any], device: str | None) -> Origin:
     code = _code_of(main)
     if code is None:
         return Origin(environment=environment)
-    if not os.path.isfile(code.co_filename):
+    if not os.path.isfile(code.co_filename) and os.path.realpath(code.co_filename) not in _kept:
         script = f"{code.co_name}()"
         return Origin(script=script, code={script: _entry(_tokens_of(code), 0)}, environment=environment)
     script = os.path.basename(code.co_filename)
@@ -54,8 +54,19 @@ def origin_of(main: Callable[..., Any], device: str | None) -> Origin:
     return Origin(script=script, code={name: lines_of(path) for name, path in files.items()}, environment=environment)
 
 
+_kept: dict[str, bytes] = {}
+"""What `lines_of` told of files whose code this process keeps."""
+
+
+def keep(path: str) -> None:
+    """Keep the lines of a file as they are now, like `Script.keep` its code."""
+    _kept[os.path.realpath(path)] = lines_of(path)
+
+
 def lines_of(path: str) -> bytes:
     """Return the digest and number of each line of code of a Python file (see `Origin.code`); empty if it is gone."""
+    if os.path.realpath(path) in _kept:
+        return _kept[os.path.realpath(path)]
     try:
         with tokenize.open(path) as file:
             text = file.read()
