@@ -44,7 +44,7 @@ import samestep.data.source as source
 import samestep.loop.archive as archive
 import samestep.loop.evaluation as evaluation
 import samestep.loop.feed as feed
-import samestep.loop.session as session_module
+import samestep.loop.keeper as keeper
 import samestep.loop.step as step_module
 from samestep.core.buffers import Buffers
 from samestep.core.randomness import key
@@ -365,10 +365,13 @@ def drops_last_batch(old):
 
 
 def keeps_old_position(old):
-    def faulty(self, saved):
-        facts = copy.copy(saved.facts)
-        facts["reads"] = [{"num_samples": 0, "hash": 0} for _ in facts["reads"]]
-        return old(self, dataclasses.replace(saved, facts=facts))
+    def faulty(self, made_by):
+        saved = self._saved
+        if saved is not None:
+            facts = copy.copy(saved.facts)
+            facts["reads"] = [{"num_samples": 0, "hash": 0} for _ in facts["reads"]]
+            self._saved = dataclasses.replace(saved, facts=facts)
+        return old(self, made_by)
 
     return faulty
 
@@ -423,9 +426,7 @@ FAULTS = {
     ),
     "data: shards begin too late": Fault(feed, "shard_bounds", one_too_far, samples),
     "data: epochs begin anew": Fault(proof.Coverage, "next_epoch", always_from_zero, same_bits_of("epochs_one_by_one")),
-    "data: what was read is forgotten at a resume": Fault(
-        session_module.Session, "_restore", keeps_old_position, resumed
-    ),
+    "data: what was read is forgotten at a resume": Fault(keeper.Keeper, "reach", keeps_old_position, resumed),
     "ownership: a block is nobody's": Fault(layout, "_pieces", first_block_is_nobodys, same_bits("perceptron", "sgd")),
     "ownership: a block has two owners": Fault(layout, "_pieces", a_block_has_two_owners, every_element_has_one_owner),
     "ownership: a block is updated twice": Fault(

@@ -52,7 +52,7 @@ def trained(run, given=None, at=2):
 def halted_by(given, keeping, snapshots, size, at=2):
     def one(group):
         seed_start(0)
-        session = Session(Recipe(replicas=4), keeping, group, Silent(), snapshots, given)
+        session = Session(Recipe(replicas=4), keeping, group, Silent(), snapshots, orders=given)
         run = Run(session)
         try:
             try:
