@@ -18,6 +18,8 @@ from collections.abc import Collection, Sequence
 from samestep.launching import zygote
 from samestep.launching.output import Muted
 
+PATIENCE = 30.0
+"""Seconds that a run has to last before it is worth while: importing takes time from the workers."""
 MOST_SECONDS = 5.0
 """Of imports that the supervisor makes itself; meanwhile it hears nothing."""
 
@@ -38,16 +40,32 @@ class Imports:
 
     def __init__(self) -> None:
         self._names: Sequence[str] = ()
+        self._heard_at: float | None = None
         self._pid = 0
         self._pidfd = -1
 
-    def hear(self, names: Sequence[str]) -> int | None:
-        """Let a child try to import what a worker has told; return its pidfd, for a selector, or None."""
-        self.close()
-        if not names:
-            return None
+    def hear(self, names: Sequence[str], now: float) -> None:
+        """Take what a worker has told.
+
+        Args:
+            names: of modules.
+            now: seconds of the monotonic clock.
+        """
         self._names = names
-        self._pid = _try_in_child(names)
+        self._heard_at = now
+
+    def due(self, now: float, has_died: bool) -> int | None:
+        """Let a child try to import what was heard, if it is time to; return its pidfd, for a selector.
+
+        Args:
+            now: seconds of the monotonic clock.
+            has_died: whether a fleet of this run has died already, so that another may.
+        """
+        if self._heard_at is None or not (has_died or now - self._heard_at > PATIENCE):
+            return None
+        self.close()
+        self._heard_at = None
+        self._pid = _try_in_child(self._names)
         self._pidfd = os.pidfd_open(self._pid)
         return self._pidfd
 

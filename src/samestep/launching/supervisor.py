@@ -276,6 +276,9 @@ class _Supervisor:
     def _watch(self) -> None:
         while any(member.is_alive for member in self._members):
             self._inject()
+            trial = self._imports.due(time.monotonic(), self._restarts.count > 0)
+            if trial is not None:
+                self._on_readable(trial, self._tried, trial)
             timeout = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
             if self._fleet.injector is not None:
                 timeout = _POLL if timeout is None else min(timeout, _POLL)
@@ -318,9 +321,7 @@ class _Supervisor:
         if frame.kind == "wants":
             return self._verdict.wants(frame.info["num_workers"])
         if frame.kind == "imports":
-            trial = self._imports.hear(frame.info["names"])
-            if trial is not None:
-                self._on_readable(trial, self._tried, trial)
+            self._imports.hear(frame.info["names"], time.monotonic())
             return Action.GO_ON
         if frame.kind == "halted":
             return self._verdict.halted(self._fleet.control.target if self._fleet.control is not None else None)
