@@ -144,6 +144,26 @@ def test_resuming_after_failed_saves_is_never_stopped(tmp_path):
             assert facts[name] == expected[name]
 
 
+def test_a_failed_save_that_the_script_catches_is_caught_again_in_a_replay(tmp_path):
+    folder, disk, caught = tmp_path / "run", Disk(), []
+
+    def save_where_it_fails(run, step):
+        if step.number == 3:
+            disk.code = errno.ENOSPC
+            try:
+                run.save(str(tmp_path / "asked"))
+            except CheckpointError as error:
+                caught.append(str(error))
+            disk.code = 0
+
+    calm, _ = train(Keeping(), steps=8)
+    train(Keeping(checkpoint=str(folder), every=1), steps=5, before=save_where_it_fails, disk=disk)
+    disk.code = 0
+    facts, _ = train(Keeping(resume=str(folder)), steps=8, before=save_where_it_fails, disk=disk)
+    assert len(caught) == 2 and caught[0] == caught[1]
+    assert facts["weights_digest"] == calm["weights_digest"]
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_what_the_user_saves_raises(tmp_path, workers):
     disk = Disk()

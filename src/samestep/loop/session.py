@@ -17,7 +17,7 @@ from samestep.core.ledger import Ledger
 from samestep.core.model import Model
 from samestep.core.randomness import seed_evaluation
 from samestep.core.snapshot import Snapshots
-from samestep.errors import MismatchError, UsageError
+from samestep.errors import MismatchError, StorageError, UsageError
 from samestep.loop.archive import Archive
 from samestep.loop.feed import Feed
 from samestep.loop.keeper import Keeper, Orders, totals
@@ -160,11 +160,26 @@ class Session:
                 self.calls.halt(TraceEnded())
 
     def save(self, folder: str, where: str) -> None:
-        """Write the checkpoint that the user asked for. Collective."""
+        """Write the checkpoint that the user asked for. Collective.
+
+        Raises:
+            StorageError: it could not be written. That is recorded too: a script may catch it, and a replay must tell
+                it the same.
+        """
         if self.keeper.reach("save"):
             self.ledger.append("save", where, None)
-        else:
-            self.recorded("save", lambda: self.keeper.write(folder, "save", None), where)
+            return
+
+        def write() -> list[str] | None:
+            try:
+                self.keeper.write(folder, "save", None)
+            except StorageError as error:
+                return [str(error), error.reason]
+            return None
+
+        trouble = self.recorded("save", write, where)
+        if trouble is not None:
+            raise StorageError(*trouble)
 
     def finish(self, result: Any) -> dict[str, Any]:
         """Return the facts of the summary; on the first worker all of them. Collective."""
