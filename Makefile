@@ -4,7 +4,9 @@ BIN := .venv/bin
 # Quiet unless something goes wrong; the index is the one pip is set up with.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: run test bench docs lint clean
+N ?= 1000
+
+.PHONY: run test bench chaos docs lint clean
 
 run: .venv/ready
 	$(BIN)/samestep run examples/digits.py
@@ -14,6 +16,12 @@ test: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/compare.py
+
+# The long forms: N trainings under random deaths, N damaged checkpoints, and the tests that `make test` leaves out.
+chaos: .venv/ready
+	$(BIN)/python tests/faults/campaign.py --cases $(N)
+	$(BIN)/python -m tests.faults.checkpoint_campaign --cases $(N)
+	$(BIN)/python -m pytest -q --long -m long
 
 # Every Python snippet in README.md and docs/ is run.
 docs: .venv/ready

@@ -21,6 +21,17 @@ sys.path.append(_LAWS)
 _SINGLE = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="also run the tests that `make chaos` runs")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--long"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="one more way of a fault that is tested: `make chaos` runs it"))
+
+
 class Fleet:
     """Asks `group_fleet.py` to play programs."""
 

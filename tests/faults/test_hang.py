@@ -65,7 +65,10 @@ def stack_named_in(told):
     return Path(re.search(r"Its stack is in (\S+)\.(?: |$)", told)[1])
 
 
-@pytest.mark.parametrize("kind", ["sleep", "lock", "loop", "gil", "stop"])
+_LONG = [pytest.param(kind, marks=pytest.mark.long) for kind in ("lock", "loop")]
+
+
+@pytest.mark.parametrize("kind", ["sleep", "gil", "stop", *_LONG])
 def test_a_hang_in_a_shard_is_named_and_replaced(hanging, undisturbed, kind):
     # One with the limit that a run has by itself.
     limit = 5 if kind == "sleep" else 2
@@ -82,6 +85,7 @@ def test_a_hang_in_a_shard_is_named_and_replaced(hanging, undisturbed, kind):
     assert limit <= seconds < 40
 
 
+@pytest.mark.long
 def test_c_code_that_lets_no_signal_through(hanging, undisturbed):
     digest, (told,) = hanging("deaf", "--workers", "2")
     assert digest == undisturbed
@@ -125,6 +129,7 @@ def test_long_work_is_no_hang(hanging, undisturbed):
     assert digest == undisturbed
 
 
+@pytest.mark.long
 def test_no_limit(hanging):
     process = hanging.start("sleep", "--workers", "2", "--hang-after", "0")
     deadline = time.monotonic() + 60

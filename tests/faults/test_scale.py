@@ -5,6 +5,8 @@ import os
 import stat
 import time
 
+import pytest
+
 
 def test_a_run_that_grows_and_shrinks_gives_the_same_bits(steered, shell, undisturbed):
     run = steered("--workers", 2, "--summary", "facts.json", seconds=0.2)
@@ -68,6 +70,7 @@ def test_what_a_killed_run_leaves_is_removed_by_ps(steered, shell):
     assert not folder.exists()
 
 
+@pytest.mark.long
 def test_a_script_by_itself_can_be_scaled_where_it_says_how_many_workers(steered, shell, undisturbed):
     run = steered(by=(), seconds=0.1)
     run.read_until("step 3")

@@ -15,7 +15,7 @@ def ended_within(run, seconds):
     return code, err.splitlines()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.long)])
 def test_a_signal_keeps_the_step_and_the_run_goes_on_to_the_same_bits(steered, shell, undisturbed, number):
     run = steered("--workers", 2, "--checkpoint", "kept")
     run.read_until("step 5")
@@ -51,7 +51,7 @@ def test_without_a_folder_nothing_is_kept_and_that_is_said(steered):
     assert "swallowed by except Exception" not in run.lines
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGTERM])
 def test_a_script_by_itself_is_stopped_in_the_same_way(steered, number):
     run = steered(by=(), after=("checkpoint=kept",))
     run.read_until("step 5")

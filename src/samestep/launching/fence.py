@@ -50,7 +50,8 @@ class Fence:
         """Begin with a new fleet."""
         self.pulses = Pulses(num_workers)
         self._patience.begin()
-        self._is_on = False
+        # A worker may be stopped before it has a seat, and the others wait for it. The limit is the last that was set.
+        self._is_on = self._patience.floor > 0
 
     def seated(self, call: int, hang_after: float | None) -> None:
         """Watch from now on: the workers are in a run.
