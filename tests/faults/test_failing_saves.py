@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from playing import play
 from system_calls import ALLOCATES, CHANGES, intercepted, is_creating
 from zoo import Perceptron, classes_loss, vectors
 
@@ -233,23 +232,3 @@ def test_old_checkpoints_that_cannot_be_deleted(tmp_path, workers, monkeypatch):
     (note,) = notes
     assert f"An old checkpoint in {tmp_path} could not be deleted: Permission denied (EACCES)" in note
     assert facts["saves_failed"] == 0 and steps_of(tmp_path) == list(range(1, 9))
-
-
-def test_state_that_cannot_be_saved_is_still_an_error(tmp_path):
-    class Odd:
-        def state_dict(self):
-            return {"what": object()}
-
-        def load_state_dict(self, state):
-            pass
-
-    def main(run):
-        model = Perceptron()
-        run.replicate(model, torch.optim.SGD(model.parameters(), lr=0.1), Odd())
-        for step in run.steps(vectors(), batch_size=19, steps=2):
-            for batch in step:
-                step.backward(classes_loss(model, batch))
-            step.update()
-
-    with pytest.raises(CheckpointError, match="registered object"):
-        play(main, 4, 2, keeping=Keeping(checkpoint=str(tmp_path), every=1))

@@ -32,7 +32,9 @@ def test_an_error_gets_one_more_try_at_each_place():
     assert restarts.allow(5, "OSError: gone")
     assert restarts.allow(7, "OSError: gone"), "another place"
     assert restarts.allow(7, "OSError: elsewhere")
+    assert not restarts.came_again
     assert not restarts.allow(8, "OSError: elsewhere"), "a call more or less is the same place"
+    assert restarts.came_again
     assert not restarts.in_vain, "the error itself says enough"
 
 

@@ -11,10 +11,12 @@ class Restarts:
 
     Attributes:
         count: fleets that were started again.
+        came_again: the error that ended the run was that of the fleet before, at the same place.
     """
 
     def __init__(self) -> None:
         self.count = 0
+        self.came_again = False
         self._num_in_vain = 0
         self._most_calls = 0
         self._last_error: tuple[str, int] | None = None
@@ -38,8 +40,8 @@ class Restarts:
         if error:
             last, self._last_error = self._last_error, (error, num_calls)
             # A worker may fail in a step before the first has recorded the call that ended the step before.
-            again = last is not None and last[0] == error and abs(last[1] - num_calls) <= 1
-            if again or not num_calls:
+            self.came_again = last is not None and last[0] == error and abs(last[1] - num_calls) <= 1
+            if self.came_again or not num_calls:
                 return False
         self._num_in_vain = 0 if num_calls > self._most_calls else self._num_in_vain + 1
         self._most_calls = max(self._most_calls, num_calls)

@@ -201,7 +201,7 @@ class _Supervisor:
             outcome = replace(self._verdict.outcome(), run_folder=self._run_folder)
             if self._starts_again(outcome):
                 return replace(outcome, restarts=True)
-            if outcome.error and self._restarts.count:
+            if self._restarts.came_again:
                 text = "samestep: it came again after a new start, at the same place."
                 outcome = replace(outcome, message=f"{outcome.message}\n{text}")
             elif self._restarts.in_vain:
