@@ -1,5 +1,6 @@
 """Commands in a folder of their own, and what they leave behind."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -73,3 +74,16 @@ class Shell:
                 return False
             time.sleep(0.01)
         return True
+
+
+@contextlib.contextmanager
+def shell_in(folder):
+    """Give a shell in `folder`, and see at the end that nothing is left in the process table or in /dev/shm."""
+    shared = set(os.listdir("/dev/shm"))
+    started = Shell(folder)
+    yield started
+    left = started.processes()
+    for pid in left:
+        os.kill(pid, 9)
+    assert not left, "processes were left behind"
+    assert not {name for name in os.listdir("/dev/shm") if name not in shared and "samestep" in name}

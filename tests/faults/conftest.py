@@ -9,7 +9,7 @@ import samestep
 
 sys.path.append(str(Path(__file__).parents[1] / "cli"))
 
-from shell import Shell
+from shell import Shell, shell_in
 
 STEERED = Path(__file__).with_name("steered.py")
 
@@ -53,14 +53,8 @@ class Steered:
 
 @pytest.fixture
 def shell(tmp_path):
-    shared = set(os.listdir("/dev/shm"))
-    started = Shell(tmp_path)
-    yield started
-    left = started.processes()
-    for pid in left:
-        os.kill(pid, 9)
-    assert not left, "processes were left behind"
-    assert not {name for name in os.listdir("/dev/shm") if name not in shared and "samestep" in name}
+    with shell_in(tmp_path) as started:
+        yield started
     stayed = [path.name for path in started.temporary.iterdir() if not path.name.startswith("torchinductor_")]
     assert stayed == [], "files were left behind"
 
