@@ -9,9 +9,9 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from samestep.cli.commands import main
-from samestep.core import checkpoint, stock
-from samestep.core.digest import tensors_digest
 from samestep.errors import CheckpointError
+from samestep.storage import checkpoint, stock
+from samestep.storage.digest import tensors_digest
 
 
 def weights(step):

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from samestep.core.digest import state_digest
 from samestep.core.randomness import seed_sample
 from samestep.data import fingerprint as module
 from samestep.data.fingerprint import agree, chosen, fingerprint
 from samestep.data.source import as_source
+from samestep.storage.digest import state_digest
 
 
 def of(data, collate=None):

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from samestep.core.wire import pack, unpack
 from samestep.data.permutation import Identity, Order, Permutation
 from samestep.data.proof import Coverage, Proof, SampleCount, expected, hash_of
 from samestep.data.split import Slice, schedule, shard_bounds
 from samestep.errors import UsageError
+from samestep.storage.wire import pack, unpack
 
 samples = st.lists(st.integers(0, 10**12), max_size=30)
 

@@ -31,10 +31,10 @@ sys.path.append(str(Path(__file__).parent))
 from power_cut import Disk, Recorder
 from system_calls import ALLOCATES, CHANGES, Failing, Short, intercepted
 
-from samestep.core import checkpoint
-from samestep.core.checkpoint import FACTS, MANIFEST, STATE, WEIGHTS
-from samestep.core.digest import tensors_digest
 from samestep.errors import CheckpointError, StorageError
+from samestep.storage import checkpoint
+from samestep.storage.checkpoint import FACTS, MANIFEST, STATE, WEIGHTS
+from samestep.storage.digest import tensors_digest
 
 FILES = (WEIGHTS, STATE, FACTS, MANIFEST)
 KEPT = 3

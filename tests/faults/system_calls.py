@@ -12,7 +12,7 @@ CALLS = {
     os: ("open", "write", "fsync", "close", "mkdir", "rename", "unlink", "rmdir", "listdir", "scandir"),
     fcntl: ("flock",),
 }
-"""All that `samestep.core.checkpoint` changes a disk by, or looks at it with."""
+"""All that `samestep.storage.checkpoint` changes a disk by, or looks at it with."""
 
 CHANGES = {"mkdir", "write", "fsync", "rename", "unlink", "rmdir"}
 ALLOCATES = {"mkdir", "write", "fsync", "rename"}

@@ -16,7 +16,7 @@ import pytest
 from power_cut import Disk, Recorder
 from system_calls import intercepted
 
-from samestep.core import checkpoint, checkpoint_file, tensor_file
+from samestep.storage import checkpoint, checkpoint_file, tensor_file
 
 
 def test_killed_before_and_after_each_system_call(tmp_path):

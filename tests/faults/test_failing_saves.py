@@ -11,7 +11,6 @@ import torch
 from system_calls import ALLOCATES, CHANGES, intercepted, is_creating
 from zoo import Perceptron, classes_loss, vectors
 
-from samestep.core import checkpoint
 from samestep.core.fakes import run_threads
 from samestep.core.group import Solo
 from samestep.core.randomness import seed_start
@@ -20,6 +19,7 @@ from samestep.loop.recipe import Keeping, Recipe
 from samestep.loop.run import Run
 from samestep.loop.session import Session
 from samestep.measure.summary import rows
+from samestep.storage import checkpoint
 
 CODES = ["ENOSPC", "EIO", "EDQUOT", "EROFS", "EACCES"]
 

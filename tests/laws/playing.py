@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from samestep.core.digest import tensor_digest
 from samestep.core.fakes import run_threads
 from samestep.core.group import Group, Solo
 from samestep.core.randomness import seed_start
@@ -17,6 +16,7 @@ from samestep.loop.recipe import Keeping, Recipe
 from samestep.loop.reporter import Silent
 from samestep.loop.run import Run
 from samestep.loop.session import Session
+from samestep.storage.digest import tensor_digest
 
 Main = Callable[[Run], Any]
 

@@ -12,9 +12,9 @@ from playing import play
 from torch import nn
 from torch.nn import functional as F
 
-from samestep.core import checkpoint
 from samestep.errors import MismatchError, SettingsError, UsageError
 from samestep.loop.recipe import Keeping
+from samestep.storage import checkpoint
 
 _g = torch.Generator().manual_seed(3)
 DATA = torch.randn(48, 6, generator=_g), torch.randint(0, 3, (48,), generator=_g)

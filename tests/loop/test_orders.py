@@ -8,7 +8,6 @@ from playing import play
 from zoo import Perceptron, classes_loss, vectors
 
 from samestep.core.calls import Halted
-from samestep.core.checkpoint import steps_in
 from samestep.core.fakes import run_threads
 from samestep.core.group import Solo
 from samestep.core.randomness import seed_start
@@ -18,6 +17,7 @@ from samestep.loop.recipe import Keeping, Recipe
 from samestep.loop.reporter import Silent
 from samestep.loop.run import Run
 from samestep.loop.session import Session
+from samestep.storage.checkpoint import steps_in
 
 
 class Given:

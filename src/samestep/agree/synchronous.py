@@ -21,7 +21,6 @@ import numpy as np
 import torch
 
 from samestep.agree.nonfinite import Tolerance
-from samestep.core import wire
 from samestep.core.calls import Calls
 from samestep.core.clock import Clock
 from samestep.core.fold import Absent
@@ -32,6 +31,7 @@ from samestep.core.norms import block_squares
 from samestep.core.optimizers import fingerprint, settings_of
 from samestep.core.randomness import seed_transform
 from samestep.errors import MismatchError, UsageError
+from samestep.storage import wire
 
 Transform = Callable[[str, torch.Tensor], torch.Tensor]
 

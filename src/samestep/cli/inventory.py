@@ -17,7 +17,7 @@ def show_list(items: Sequence[Any], console: Console | None = None) -> int:
     """Print checkpoints at a glance. Returns the exit code.
 
     Args:
-        items: `samestep.core.stock.Item` of each, oldest first.
+        items: `samestep.storage.stock.Item` of each, oldest first.
         console: where to print; default standard output.
     """
     out = _console(console)
@@ -57,7 +57,7 @@ def show_export(exported: Any, path: str, console: Console | None = None) -> int
     """Print what was exported. Returns the exit code.
 
     Args:
-        exported: a `samestep.core.stock.Exported`.
+        exported: a `samestep.storage.stock.Exported`.
         path: the file.
         console: where to print; default standard output.
     """

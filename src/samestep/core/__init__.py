@@ -16,7 +16,7 @@ A worker's time line, with where it waits for others (|):
     worker 0   1 2 3  1 2 3  1 2 3  1 2 3 |4 5 7 |8
     worker 1   1 2 3  1 2 3  1 2 3  1 2 3 |4 5 7 |8
 
-Between steps, `snapshot` holds the newest state in memory that outlives the workers; `checkpoint` holds it in files.
+Between steps, `snapshot` holds the newest state in memory that outlives the workers; `storage.checkpoint` in files.
 
-Rooms below: `errors`, `units`, `data.split`. Pure arithmetic without torch: `tree`, `layout`, `worker`.
+Rooms below: `errors`, `units`, `data.split`, `storage`. Pure arithmetic without torch: `tree`, `layout`, `worker`.
 """

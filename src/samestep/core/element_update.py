@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from samestep.core import wire
 from samestep.core.fused_adam import FusedAdam, fits
 from samestep.core.group import Group
 from samestep.core.layout import Piece
@@ -22,6 +21,7 @@ from samestep.core.optimizers import bare_copy
 from samestep.core.places import Description, Slot, agree_on, make_places
 from samestep.core.update import State, Sums, Update
 from samestep.core.weights import Weights
+from samestep.storage import wire
 
 
 class ElementUpdate(Update):

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from samestep.core import tree, wire
+from samestep.core import tree
 from samestep.core.buffers import Buffers, Rule
-from samestep.core.digest import tensor_digest
 from samestep.core.element_update import ElementUpdate
 from samestep.core.fold import Fold, HeldFold
 from samestep.core.gradients import Gradients
@@ -28,6 +27,8 @@ from samestep.core.weights import Weights, check_separate, shape_of
 from samestep.core.whole_update import WholeUpdate
 from samestep.core.worker import run_of
 from samestep.errors import MismatchError, UsageError
+from samestep.storage import wire
+from samestep.storage.digest import tensor_digest
 
 
 @dataclass(frozen=True, kw_only=True)

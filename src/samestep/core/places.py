@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from samestep.core import wire
 from samestep.core.group import Group, align
+from samestep.storage import wire
 
 Slot = tuple[int, str]
 """A state tensor: (parameter, key)."""

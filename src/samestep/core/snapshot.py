@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from samestep.core import wire
-from samestep.core.checkpoint import Checkpoint
 from samestep.core.group import align
 from samestep.core.memory import available_bytes
+from samestep.storage import wire
+from samestep.storage.checkpoint import Checkpoint
 
 FROM_MEMORY = Path("memory")
 """The path of a checkpoint that was never in a file."""

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from samestep.core import wire
 from samestep.core.group import Group
 from samestep.core.places import Description, Slot, agree_on, describe, make_places
 from samestep.core.update import State, Sums, Update
 from samestep.core.weights import Weights
+from samestep.storage import wire
 
 
 class WholeUpdate(Update):

@@ -6,10 +6,6 @@
     supervisor  the same process afterwards: watches its children until all have ended
     context     what a forked worker knows of itself
     restarts    whether a fleet that lost a worker is started again
-    fence       finds a worker that makes no progress, and writes down what it was doing
-    pulse       signs of life, in memory that workers share with the supervisor
-    patience    which worker is hung, decided from these
-    stack       the Python stack of a worker that answers nothing else
     signals     those that end a run, collected
     orders      what the supervisor orders the workers to do while they run
     control     the door of a run, for its user's commands
@@ -22,7 +18,6 @@
     channel     frames from worker to supervisor, and from zygote to caller
     script      a file run as `__main__`
     failure     the one error that a user sees
-    crash       what is known of a worker that died in native code
     output      where the prints of workers go
     environment what is read from, and set in, the environment of processes
 

@@ -7,10 +7,10 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from samestep.guarding.pulse import Pulse
 from samestep.launching.channel import Sender
 from samestep.launching.orders import Orders
 from samestep.launching.output import Muted
-from samestep.launching.pulse import Pulse
 
 
 @dataclass(kw_only=True)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from samestep.errors import PeerError, SamestepError
-from samestep.launching.crash import Crash
+from samestep.guarding.crash import Crash
 
 SETTINGS_CODE = 2
 """Exit code where settings clash, so that the run did not begin."""

@@ -20,13 +20,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from samestep.core.worker import Wish
+from samestep.guarding.crash import Crash
+from samestep.guarding.fence import Fence
+from samestep.guarding.stack import StackFile
 from samestep.launching import zygote
 from samestep.launching.channel import Frame, channel
 from samestep.launching.context import WorkerContext
 from samestep.launching.control import Control
-from samestep.launching.crash import Crash
 from samestep.launching.failure import SETTINGS_CODE, Failure
-from samestep.launching.fence import Fence
 from samestep.launching.imports import Imports
 from samestep.launching.injector import Injector
 from samestep.launching.leftovers import end_orphans
@@ -34,7 +35,6 @@ from samestep.launching.orders import Orders
 from samestep.launching.output import Plumbing, WorkerOutput, keep
 from samestep.launching.restarts import IN_VAIN, Restarts
 from samestep.launching.signals import signals_into
-from samestep.launching.stack import StackFile
 from samestep.launching.verdict import Action, Outcome, Verdict
 
 _PATIENCE = 0.5

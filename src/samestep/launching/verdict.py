@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
-from samestep.launching.crash import Crash
+from samestep.guarding.crash import Crash
 from samestep.launching.failure import Failure
 
 

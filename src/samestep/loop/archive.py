@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from samestep.core import checkpoint, wire
 from samestep.core.group import Group
 from samestep.core.model import Model
 from samestep.core.snapshot import Snapshots
 from samestep.errors import CheckpointError, MismatchError, SettingsError, StorageError
+from samestep.storage import checkpoint, wire
 
 
 class Archive:

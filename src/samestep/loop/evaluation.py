@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from samestep.core import wire
 from samestep.core.calls import Calls
 from samestep.core.randomness import seed_evaluation, seed_sample
 from samestep.core.worker import Worker
 from samestep.data.loading import Request, load
 from samestep.data.source import Source
 from samestep.errors import UsageError
+from samestep.storage import wire
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from samestep.core.digest import state_digest
 from samestep.core.randomness import key, seed_sample
 from samestep.core.worker import Worker
 from samestep.data.fingerprint import fingerprint
@@ -18,6 +17,7 @@ from samestep.data.permutation import Identity, Order, Permutation
 from samestep.data.proof import Coverage, Proof, SampleCount
 from samestep.data.source import Source
 from samestep.data.split import Slice, shard_bounds
+from samestep.storage.digest import state_digest
 
 _COUNT_AT_ONCE = 16_384
 

@@ -15,11 +15,9 @@ from __future__ import annotations
 import time
 from typing import Any, Protocol
 
-from samestep.core import checkpoint
 from samestep.core.calls import Calls, Halted, line_of_user
 from samestep.core.clock import Clock
 from samestep.core.group import Group
-from samestep.core.ledger import Ledger
 from samestep.core.snapshot import FROM_MEMORY, Snapshots
 from samestep.core.worker import Wish
 from samestep.data.proof import SampleCount
@@ -29,6 +27,8 @@ from samestep.loop.feed import Feed
 from samestep.loop.mismatch import Conditions
 from samestep.loop.recipe import Keeping
 from samestep.loop.record import Record
+from samestep.storage import checkpoint
+from samestep.storage.ledger import Ledger
 
 _SNAPSHOT_SECONDS = 0.2
 _SNAPSHOT_SHARE = 100

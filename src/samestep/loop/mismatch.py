@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from samestep.core.calls import Calls, line_of_user
-from samestep.core.checkpoint import Checkpoint
 from samestep.core.device import is_cuda
 from samestep.data.fingerprint import agree
 from samestep.errors import MismatchError
 from samestep.loop.origin import changed_lines, digests_of
 from samestep.loop.recipe import ACCEPTABLE, Keeping, Recipe
+from samestep.storage.checkpoint import Checkpoint
 
 _SELECTING = (
     *("avx2", "avx_vnni", "avx512_f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),

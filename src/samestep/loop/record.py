@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from samestep.core.clock import PHASES, Clock
-from samestep.core.digest import tensor_digest
 from samestep.core.memory import pss_bytes
 from samestep.core.worker import Worker
 from samestep.loop.reporter import Reporter
 from samestep.loop.saves import Saves
+from samestep.storage.digest import tensor_digest
 
 _PROGRESS_SECONDS = 0.2
 _SKIPS_TOLD = 5

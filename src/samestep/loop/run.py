@@ -16,8 +16,6 @@ from samestep.agree.nonfinite import Nonfinite, Tolerance
 from samestep.agree.synchronous import Synchronous
 from samestep.core.buffers import Rule
 from samestep.core.calls import line_of_user
-from samestep.core.checkpoint import load_newest
-from samestep.core.digest import tensors_digest
 from samestep.core.model import Model, Options
 from samestep.data.source import as_source
 from samestep.data.split import schedule
@@ -27,6 +25,8 @@ from samestep.loop.feed import Reading
 from samestep.loop.session import Session
 from samestep.loop.step import Step
 from samestep.loop.stepping import Stepping
+from samestep.storage.checkpoint import load_newest
+from samestep.storage.digest import tensors_digest
 
 
 class Run:

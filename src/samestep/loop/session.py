@@ -8,12 +8,9 @@ from typing import Any
 
 import torch
 
-from samestep.core import wire
 from samestep.core.calls import Calls, Halted, line_of_user
 from samestep.core.clock import Clock, Pulse
-from samestep.core.digest import joined_digest, state_digest, tensors_digest
 from samestep.core.group import Group
-from samestep.core.ledger import Ledger
 from samestep.core.model import Model
 from samestep.core.randomness import seed_evaluation
 from samestep.core.snapshot import Snapshots
@@ -25,6 +22,9 @@ from samestep.loop.mismatch import Conditions
 from samestep.loop.recipe import Keeping, Recipe
 from samestep.loop.record import Record, combined
 from samestep.loop.reporter import Reporter
+from samestep.storage import wire
+from samestep.storage.digest import joined_digest, state_digest, tensors_digest
+from samestep.storage.ledger import Ledger
 
 
 class TraceEnded(Halted):

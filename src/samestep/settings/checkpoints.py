@@ -6,7 +6,7 @@ from typing import Any
 
 
 def stored_checkpoints(path: str, in_full: bool) -> list[Any]:
-    """Return what lies in a run's folder, or is one step: `samestep.core.stock.Item` of each, oldest first.
+    """Return what lies in a run's folder, or is one step: `samestep.storage.stock.Item` of each, oldest first.
 
     Args:
         path: the folder.
@@ -15,7 +15,7 @@ def stored_checkpoints(path: str, in_full: bool) -> list[Any]:
     Raises:
         CheckpointError: there is none.
     """
-    from samestep.core import stock
+    from samestep.storage import stock
 
     return stock.items_in(path, in_full)
 
@@ -24,11 +24,11 @@ def export_weights(path: str, out: str) -> Any:
     """Write the weights of the newest good checkpoint as a plain safetensors file.
 
     Returns:
-        A `samestep.core.stock.Exported`.
+        A `samestep.storage.stock.Exported`.
 
     Raises:
         CheckpointError: there is no good one, the file exists, or it cannot be written.
     """
-    from samestep.core import stock
+    from samestep.storage import stock
 
     return stock.export_weights(path, out)

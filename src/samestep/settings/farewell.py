@@ -22,7 +22,7 @@ def farewell(folder: str | None) -> str:
     """
     if folder is None:
         return "Nothing is kept, because no checkpoint folder was set (--checkpoint DIR)."
-    from samestep.core.checkpoint import steps_in
+    from samestep.storage.checkpoint import steps_in
 
     steps = steps_in(folder)
     if not steps:

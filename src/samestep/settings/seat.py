@@ -155,7 +155,7 @@ def take_part_in_group(main: Main, asked: Options, audience: Any) -> Any:
 
 def packed(result: Any) -> tuple[bytes, str]:
     """Return `result` as bytes for another process, and a warning if it cannot go there (then it is None)."""
-    from samestep.core import wire
+    from samestep.storage import wire
 
     try:
         return wire.pack([result]), ""
@@ -173,7 +173,7 @@ def recorded(blob: bytes) -> Any:
     Raises:
         SystemExit: that call failed, as it did there.
     """
-    from samestep.core import wire
+    from samestep.storage import wire
 
     if not blob:
         raise SystemExit(1)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from samestep.core import wire
+from samestep.storage import wire
 
 DIGEST_CHARS = 32
 _PIECE_BYTES = 4 << 20

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from samestep.launching.patience import Patience
-from samestep.launching.pulse import Reading
+from samestep.guarding.patience import Patience
+from samestep.guarding.pulse import Reading
 
 STEP = Reading(rank=0, beats=100, phase="compute", step=20, replica=3, step_seconds=0.1, num_steps=20)
 

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from samestep.core import wire
 from samestep.errors import CheckpointError, MismatchError
+from samestep.storage import wire
 
 _SPOKEN = {"update": "step.update"}
 _ADVICE = (

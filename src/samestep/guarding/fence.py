@@ -11,10 +11,10 @@ import tempfile
 from collections.abc import Sequence
 from typing import Protocol
 
-from samestep.launching import stack
-from samestep.launching.patience import FLOOR, Patience
-from samestep.launching.pulse import Pulses, Reading
-from samestep.launching.stack import StackFile
+from samestep.guarding import stack
+from samestep.guarding.patience import FLOOR, Patience
+from samestep.guarding.pulse import Pulses, Reading
+from samestep.guarding.stack import StackFile
 
 _POLL = 0.5
 """Seconds between looks."""

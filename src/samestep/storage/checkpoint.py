@@ -3,7 +3,7 @@
     runs/x/step-00000120/
         weights.safetensors     the model's state_dict, loadable by plain torch
         state.safetensors       every other tensor
-        facts.frame             every plain value, as a frame of `core.wire`
+        facts.frame             every plain value, as a frame of `storage.wire`
         manifest.json           format, step, sizes, dtypes, shapes, and a digest of every tensor, file and of itself
 
 Order of writing [Note: publish]: the files, the manifest last, each fsynced; the folder that holds them, fsynced; one
@@ -31,8 +31,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from samestep.core import wire
-from samestep.core.checkpoint_file import (
+from samestep.errors import CheckpointError, StorageError
+from samestep.storage import wire
+from samestep.storage.checkpoint_file import (
     MAX_JSON_BYTES,
     bytes_digest,
     damaged,
@@ -42,9 +43,8 @@ from samestep.core.checkpoint_file import (
     storage_error,
     sync_folder,
 )
-from samestep.core.digest import joined_digest, tensor_digest
-from samestep.core.tensor_file import Entry, Tensors, read_tensors, write_tensors
-from samestep.errors import CheckpointError, StorageError
+from samestep.storage.digest import joined_digest, tensor_digest
+from samestep.storage.tensor_file import Entry, Tensors, read_tensors, write_tensors
 
 WEIGHTS = "weights.safetensors"
 STATE = "state.safetensors"

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from samestep.core import wire
-from samestep.core.ledger import Ledger
 from samestep.errors import CheckpointError, MismatchError
+from samestep.storage import wire
+from samestep.storage.ledger import Ledger
 
 UPDATE = (1200, 0, 0.6931471805599453, 1.2345678901234567, 12345678901234567890, 256)
 

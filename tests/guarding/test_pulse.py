@@ -3,7 +3,7 @@ import time
 
 from samestep.core.clock import PHASES as CLOCK_PHASES
 from samestep.core.clock import Clock
-from samestep.launching.pulse import PHASES, Pulses
+from samestep.guarding.pulse import PHASES, Pulses
 
 
 def test_what_a_forked_worker_notes_is_read():

@@ -7,7 +7,8 @@ import secrets
 from pathlib import Path
 from typing import NamedTuple
 
-from samestep.core.checkpoint import (
+from samestep.errors import CheckpointError
+from samestep.storage.checkpoint import (
     MANIFEST,
     WEIGHTS,
     Location,
@@ -18,10 +19,9 @@ from samestep.core.checkpoint import (
     steps_in,
     verify,
 )
-from samestep.core.checkpoint_file import new_file, storage_error, sync_folder
-from samestep.core.digest import joined_digest
-from samestep.core.tensor_file import is_plain, read_tensors
-from samestep.errors import CheckpointError
+from samestep.storage.checkpoint_file import new_file, storage_error, sync_folder
+from samestep.storage.digest import joined_digest
+from samestep.storage.tensor_file import is_plain, read_tensors
 
 _PIECE_BYTES = 4 << 20
 

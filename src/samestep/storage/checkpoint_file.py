@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from samestep.core.digest import DIGEST_CHARS
 from samestep.errors import CheckpointError, StorageError
+from samestep.storage.digest import DIGEST_CHARS
 
 MAX_JSON_BYTES = 1 << 28
 """A longer manifest or header is not believed."""

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from samestep.core import wire
+from samestep.storage import wire
 
 LEAVES = (
     st.none()

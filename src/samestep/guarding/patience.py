@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from samestep.launching.pulse import Reading
+from samestep.guarding.pulse import Reading
 
 FLOOR = 5.0
 """Seconds. No worker is hung before, unless the user wants it."""

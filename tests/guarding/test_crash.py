@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 import samestep
-from samestep.launching.crash import Crash
+from samestep.guarding.crash import Crash
 
 OURS = Path(samestep.__file__).parent / "loop" / "run.py"
 TORCH = "/somewhere/lib/python3/site-packages/torch/nn/init.py"

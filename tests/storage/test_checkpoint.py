@@ -18,10 +18,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from samestep.core import checkpoint, tensor_file
-from samestep.core.checkpoint import FACTS, MANIFEST, STATE, WEIGHTS, keep, latest, load_newest, read, set_aside, write
-from samestep.core.digest import joined_digest, pieces, state_digest, tensors_digest
 from samestep.errors import CheckpointError
+from samestep.storage import checkpoint, tensor_file
+from samestep.storage.checkpoint import (
+    FACTS,
+    MANIFEST,
+    STATE,
+    WEIGHTS,
+    keep,
+    latest,
+    load_newest,
+    read,
+    set_aside,
+    write,
+)
+from samestep.storage.digest import joined_digest, pieces, state_digest, tensors_digest
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 
@@ -372,7 +383,7 @@ NURSERY = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from samestep.core import checkpoint, tensor_file
+from samestep.storage import checkpoint, tensor_file
 torch.set_num_threads(1)
 folder, mode, first, last = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from samestep.core import digest as digest_module
-from samestep.core.digest import DIGEST_CHARS, joined_digest, pieces, state_digest, tensor_digest, tensors_digest
+from samestep.storage import digest as digest_module
+from samestep.storage.digest import DIGEST_CHARS, joined_digest, pieces, state_digest, tensor_digest, tensors_digest
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 

@@ -8,8 +8,8 @@ import time
 import pytest
 
 import samestep
-from samestep.launching import stack
-from samestep.launching.stack import StackFile, frames_of, line_in_loader, line_of_user, work_in
+from samestep.guarding import stack
+from samestep.guarding.stack import StackFile, frames_of, line_in_loader, line_of_user, work_in
 
 OWN = os.path.dirname(samestep.__file__)
 LIB = sysconfig.get_path("stdlib")

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from samestep.core import wire
-from samestep.core.checkpoint_file import MAX_JSON_BYTES, bytes_digest, new_file, opened
-from samestep.core.digest import TensorHasher, joined_digest, pieces
 from samestep.errors import CheckpointError
+from samestep.storage import wire
+from samestep.storage.checkpoint_file import MAX_JSON_BYTES, bytes_digest, new_file, opened
+from samestep.storage.digest import TensorHasher, joined_digest, pieces
 
 _PIECE_BYTES = 4 << 20
 _ALIGNMENT = 64

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from samestep.launching.fence import Fence
+from samestep.guarding.fence import Fence
 
 SLEEPING = 'Current thread 0x1 (most recent call first):\n  File "/home/u/train.py", line 40 in main\n'
 COMPILING = SLEEPING.replace("/home/u/train.py", "/lib/torch/_inductor/graph.py")
