@@ -12,7 +12,6 @@ from samestep.core.fakes import run_threads
 from samestep.core.group import Group, Solo
 from samestep.core.randomness import seed_start
 from samestep.loop.recipe import Keeping, Recipe
-from samestep.loop.reporter import Silent
 from samestep.loop.run import Run
 from samestep.loop.session import Session
 
@@ -94,7 +93,7 @@ def execute(path: Path, line: int, code: str, names: dict) -> None:
 def facts_of(main, group: Group) -> dict:
     """Play `main` as one worker of `group` and return the facts of its run."""
     seed_start(0)
-    session = Session(Recipe(), Keeping(), group, Silent())
+    session = Session(Recipe(), Keeping(), group)
     return session.finish(main(Run(session)))
 
 

@@ -18,6 +18,7 @@ from samestep.errors import CheckpointError, SettingsError
 from samestep.loop.recipe import Keeping, Recipe
 from samestep.loop.run import Run
 from samestep.loop.session import Session
+from samestep.loop.supervision import Supervision
 from samestep.measure.summary import rows
 from samestep.storage import checkpoint
 
@@ -68,7 +69,7 @@ def train(keeping, workers=1, steps=8, before=lambda run, step: None, disk=None)
 
     def one(group):
         seed_start(0)
-        session = Session(Recipe(replicas=4), keeping, group, reporter)
+        session = Session(Recipe(replicas=4), keeping, group, Supervision(reporter=reporter))
         return session.finish(main(Run(session)))
 
     with intercepted(disk or Disk()):

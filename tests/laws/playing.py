@@ -13,7 +13,6 @@ from samestep.core.fakes import run_threads
 from samestep.core.group import Group, Solo
 from samestep.core.randomness import seed_start
 from samestep.loop.recipe import Keeping, Recipe
-from samestep.loop.reporter import Silent
 from samestep.loop.run import Run
 from samestep.loop.session import Session
 from samestep.storage.digest import tensor_digest
@@ -56,7 +55,7 @@ def plain(value: Any) -> Any:
 def play_one(group: Group, main: Main, replicas: int, seed: int = 0, keeping: Keeping | None = None) -> Played:
     """Play `main` as one worker of `group`."""
     seed_start(seed)
-    session = Session(Recipe(replicas=replicas, seed=seed), keeping or Keeping(), group, Silent())
+    session = Session(Recipe(replicas=replicas, seed=seed), keeping or Keeping(), group)
     result = main(Run(session))
     facts = session.finish(result)
     return Played(

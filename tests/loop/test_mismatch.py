@@ -17,7 +17,6 @@ from samestep.errors import MismatchError, SettingsError
 from samestep.loop.mismatch import environment_of
 from samestep.loop.origin import Origin
 from samestep.loop.recipe import ACCEPTABLE, Keeping, Recipe
-from samestep.loop.reporter import Silent
 from samestep.loop.run import Run
 from samestep.loop.session import Session
 
@@ -38,7 +37,7 @@ def main(run, data=None, make=Perceptron):
 
 def facts_of(main, keeping, group=None, seed=0):
     seed_start(seed)
-    session = Session(Recipe(replicas=4, seed=seed), keeping, group if group is not None else Solo(), Silent())
+    session = Session(Recipe(replicas=4, seed=seed), keeping, group if group is not None else Solo())
     return session.finish(main(Run(session)))
 
 

@@ -14,9 +14,9 @@ from samestep.core.randomness import seed_start
 from samestep.core.snapshot import Snapshots
 from samestep.core.worker import Wish
 from samestep.loop.recipe import Keeping, Recipe
-from samestep.loop.reporter import Silent
 from samestep.loop.run import Run
 from samestep.loop.session import Session
+from samestep.loop.supervision import Supervision
 from samestep.storage.checkpoint import steps_in
 
 
@@ -52,7 +52,7 @@ def trained(run, given=None, at=2):
 def halted_by(given, keeping, snapshots, size, at=2):
     def one(group):
         seed_start(0)
-        session = Session(Recipe(replicas=4), keeping, group, Silent(), snapshots, orders=given)
+        session = Session(Recipe(replicas=4), keeping, group, Supervision(snapshots=snapshots, orders=given))
         run = Run(session)
         try:
             try:
@@ -99,7 +99,7 @@ def test_a_run_that_is_scaled_after_its_last_step_still_writes_its_last_checkpoi
     assert halted_by(Given(Wish.SCALE), keeping, snapshots, 2, at=5) == [6, 6]
     assert steps_in(tmp_path) == []
     seed_start(0)
-    session = Session(Recipe(replicas=4), keeping, Solo(), Silent(), snapshots)
+    session = Session(Recipe(replicas=4), keeping, Solo(), Supervision(snapshots=snapshots))
     session.finish(trained(Run(session), Given(0), at=5))
     assert [path.name for path in steps_in(tmp_path)] == ["step-00000006"]
 

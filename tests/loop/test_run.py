@@ -18,6 +18,7 @@ from samestep.core.randomness import seed_start
 from samestep.loop.recipe import Keeping, Recipe
 from samestep.loop.run import Run
 from samestep.loop.session import Session, TraceEnded
+from samestep.loop.supervision import Supervision
 
 
 class Telling:
@@ -50,7 +51,7 @@ def training(run, steps=3, after=lambda step, optimizer: None):
 
 def session_of(group, keeping=None, reporter=None, replicas=4) -> Session:
     seed_start(0)
-    return Session(Recipe(replicas=replicas), keeping or Keeping(), group, reporter or Telling())
+    return Session(Recipe(replicas=replicas), keeping or Keeping(), group, Supervision(reporter=reporter or Telling()))
 
 
 def test_facts_of_a_run():

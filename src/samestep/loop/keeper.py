@@ -27,6 +27,7 @@ from samestep.loop.feed import Feed
 from samestep.loop.mismatch import Conditions
 from samestep.loop.recipe import Keeping
 from samestep.loop.record import Record
+from samestep.loop.supervision import Supervision
 from samestep.storage import checkpoint
 from samestep.storage.ledger import Ledger
 
@@ -52,24 +53,14 @@ class Kept(Protocol):
         """Saves and restores the model."""
 
 
-class Orders(Protocol):
-    """What the supervisor wants of the run."""
-
-    def pending(self) -> int:
-        """Return the orders that stand (`Wish`, or-ed)."""
-
-    def reached(self) -> None:
-        """Take note that the workers have come to the end of a step, and carry the orders out."""
-
-
 class Keeper:
     """One worker's side of keeping a run."""
 
-    def __init__(self, run: Kept, snapshots: Snapshots | None, orders: Orders | None = None):
-        """Keep `run`, also in `snapshots` if there are any, and end it when `orders` say so."""
+    def __init__(self, run: Kept, supervision: Supervision):
+        """Keep `run`, also in memory if `supervision` has any, and end it when its orders say so."""
         self._run = run
-        self._snapshots = snapshots
-        self._orders = orders
+        self._snapshots = snapshots = supervision.snapshots
+        self._orders = supervision.orders
         self._saved: checkpoint.Checkpoint | None = None
         self._last_write = -1
         self._snapshot_due = 0.0

@@ -9,19 +9,18 @@ from typing import Any
 import torch
 
 from samestep.core.calls import Calls, Halted, line_of_user
-from samestep.core.clock import Clock, Pulse
+from samestep.core.clock import Clock
 from samestep.core.group import Group
 from samestep.core.model import Model
 from samestep.core.randomness import seed_evaluation
-from samestep.core.snapshot import Snapshots
 from samestep.errors import MismatchError, StorageError, UsageError
 from samestep.loop.archive import Archive
 from samestep.loop.feed import Feed
-from samestep.loop.keeper import Keeper, Orders, totals
+from samestep.loop.keeper import Keeper, totals
 from samestep.loop.mismatch import Conditions
 from samestep.loop.recipe import Keeping, Recipe
 from samestep.loop.record import Record, combined
-from samestep.loop.reporter import Reporter
+from samestep.loop.supervision import Supervision
 from samestep.storage import wire
 from samestep.storage.digest import joined_digest, state_digest, tensors_digest
 from samestep.storage.ledger import Ledger
@@ -51,26 +50,26 @@ class Session:
         recipe: Recipe,
         keeping: Keeping,
         group: Group,
-        reporter: Reporter,
-        snapshots: Snapshots | None = None,
-        pulse: Pulse | None = None,
-        orders: Orders | None = None,
+        supervision: Supervision | None = None,
     ):
+        """Begin a run; nothing of it is collective yet."""
+        supervision = supervision if supervision is not None else Supervision()
         self.recipe = recipe
         self.keeping = keeping
         self.group = group
         self.worker = group.worker
         self.num_replicas = recipe.num_replicas(group.worker.size)
-        self.clock = Clock(pulse)
+        orders = supervision.orders
+        self.clock = Clock(supervision.pulse)
         self.calls = Calls(group, self.clock, orders.pending if orders is not None and self.worker.is_first else None)
         self.ledger = Ledger()
-        self.record = Record(group.worker, reporter, self.clock)
+        self.record = Record(group.worker, supervision.reporter, self.clock)
         self.conditions = Conditions(recipe, keeping, group.worker.device, self.record.note)
         self.model: Model | None = None
         self.agreed: Any = None
         self.whereabouts: Callable[[], str] = str
         self.num_reseeds = 0
-        self.keeper = Keeper(self, snapshots, orders)
+        self.keeper = Keeper(self, supervision)
         self.feeds: dict[Any, Feed] = {}
         self._planned: dict[str, Any] = {}
 

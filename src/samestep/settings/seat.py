@@ -19,25 +19,14 @@ Main = Callable[[Any], Any]
 """The user's function; takes the `Run`."""
 
 
-def play(
-    main: Main,
-    options: Options,
-    group: Any,
-    reporter: Any,
-    snapshots: Any = None,
-    pulse: Any = None,
-    orders: Any = None,
-) -> tuple[Any, dict[str, Any]]:
+def play(main: Main, options: Options, group: Any, supervision: Any) -> tuple[Any, dict[str, Any]]:
     """Call the user's function with a run.
 
     Args:
         main: the function.
         options: complete settings.
         group: how this worker reaches the others.
-        reporter: where progress goes.
-        snapshots: where the newest state is kept outside of the workers, or None.
-        pulse: where this worker shows that it makes progress, or None.
-        orders: what the supervisor wants of the run, or None.
+        supervision: what ties this worker to its supervisor (`loop.supervision`).
 
     Returns:
         What the function returned, and the facts of the run (complete on the first worker).
@@ -53,7 +42,7 @@ def play(
     recipe = options.recipe()
     torch.set_num_threads(recipe.threads)
     keeping = replace(options.keeping(), origin=origin_of(main, options.device))
-    session = Session(recipe, keeping, group, reporter, snapshots, pulse, orders)
+    session = Session(recipe, keeping, group, supervision)
     seed_start(recipe.seed)
     try:
         result = main(Run(session))
@@ -94,6 +83,7 @@ def take_part(context: WorkerContext, main: Main, asked: Options) -> Any:
             # So that workers which start again need not import them once more.
             context.sender.send("imports", {"names": names})
     from samestep.core.calls import Halted
+    from samestep.loop.supervision import Supervision
 
     if snapshots is None or not snapshots.num_calls:
         context.unmute()
@@ -101,8 +91,13 @@ def take_part(context: WorkerContext, main: Main, asked: Options) -> Any:
     if context.pulse is not None:
         context.pulse.start()
     try:
-        reporter = ChannelReporter(context.sender, context.unmute)
-        result, facts = play(main, options, context.group, reporter, snapshots, context.pulse, context.orders)
+        supervision = Supervision(
+            reporter=ChannelReporter(context.sender, context.unmute),
+            snapshots=snapshots,
+            pulse=context.pulse,
+            orders=context.orders,
+        )
+        result, facts = play(main, options, context.group, supervision)
     except Halted:
         if worker.is_first:
             context.sender.send("halted")
@@ -131,6 +126,7 @@ def take_part_in_group(main: Main, asked: Options, audience: Any) -> Any:
     import torch.distributed
 
     from samestep.core.process_group import ProcessGroup
+    from samestep.loop.supervision import Supervision
 
     worker = environment.launched_worker()
     if asked.workers is not None and asked.workers != worker.size:
@@ -145,7 +141,7 @@ def take_part_in_group(main: Main, asked: Options, audience: Any) -> Any:
     join = ProcessGroup if torch.distributed.is_initialized() else ProcessGroup.join
     group = join(replace(worker, device=device), staged=staged)
     try:
-        result, facts = play(main, asked, group, audience.reporter(worker.is_first))
+        result, facts = play(main, asked, group, Supervision(reporter=audience.reporter(worker.is_first)))
     finally:
         group.close()
     if worker.is_first:

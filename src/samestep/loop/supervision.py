@@ -1,0 +1,37 @@
+"""What ties one worker's run to whoever supervises it; all of it may be missing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from samestep.core.clock import Pulse
+from samestep.core.snapshot import Snapshots
+from samestep.loop.reporter import Reporter, Silent
+
+
+class Orders(Protocol):
+    """What the supervisor wants of the run."""
+
+    def pending(self) -> int:
+        """Return the orders that stand (`core.worker.Wish`, or-ed)."""
+
+    def reached(self) -> None:
+        """Take note that the workers have come to the end of a step, and carry the orders out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supervision:
+    """One worker's ties.
+
+    Attributes:
+        reporter: where the first worker tells how far the run is.
+        snapshots: where the newest state is kept outside of the workers, or None.
+        pulse: where the worker shows that it makes progress, or None.
+        orders: what the supervisor wants of the run, or None.
+    """
+
+    reporter: Reporter = field(default_factory=Silent)
+    snapshots: Snapshots | None = None
+    pulse: Pulse | None = None
+    orders: Orders | None = None
