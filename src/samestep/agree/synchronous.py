@@ -33,6 +33,7 @@ from samestep.core.randomness import seed_transform
 from samestep.errors import MismatchError, UsageError
 from samestep.storage import wire
 
+_HASH_MASK = (1 << 64) - 1
 Transform = Callable[[str, torch.Tensor], torch.Tensor]
 
 _LARGEST_FACTOR = 1e15
@@ -49,6 +50,7 @@ class Part:
         samples: samples of each replica it played that had any.
         means: (replica, value) of each number named in `step.mean`.
         changed: replicas whose buffers changed.
+        read: how many samples were read for this step, and the sum of their hashes (`data.proof.SampleCount`).
     """
 
     losses: list[tuple[int, float, float]] = field(default_factory=list)
@@ -56,6 +58,7 @@ class Part:
     samples: dict[int, int] = field(default_factory=dict)
     means: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     changed: list[int] = field(default_factory=list)
+    read: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +98,7 @@ class Outcome:
         means: weighted mean of each named number.
         skipped: whether the weights stayed: a scaled gradient overflowed, or there was a problem.
         problem: what was not finite, if the update was skipped for it; else empty.
+        read: how many samples all workers read for it, and the sum of their hashes modulo 2**64.
     """
 
     loss: float
@@ -102,6 +106,7 @@ class Outcome:
     means: dict[str, float]
     skipped: bool
     problem: str = ""
+    read: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -177,7 +182,16 @@ class LiveSynchronous:
         terms += [request.seeds[1], request.num_samples, self.tolerance.rule]
         bad = [[trained.replicas[shard], *which] for shard, *which in trained.gradients.not_finite()]
         seen = [bad, trained.gradients.finite.huge]
-        value = [terms, part.losses, part.counted, list(part.samples.items()), part.means, part.changed, seen]
+        value = [
+            terms,
+            part.losses,
+            part.counted,
+            list(part.samples.items()),
+            part.means,
+            part.changed,
+            seen,
+            part.read,
+        ]
         met = self._calls.meet("step.update", request.where, value, presence or b"")
         self._clock.to("update")
         self._model.guard.check()
@@ -206,7 +220,8 @@ class LiveSynchronous:
         means = {name: _mean(met, name, weights) for name in sorted({n for v, _ in met for n in v[4]})}
         norm = None if request.clip_norm is None else reduced.norm if reduced is not None else math.nan
         words = problem.words if problem is not None and not request.scaled else ""
-        return Outcome(loss, norm, means, problem is not None, words)
+        read = sum(v[7][0] for v, _ in met), sum(v[7][1] for v, _ in met) & _HASH_MASK
+        return Outcome(loss, norm, means, problem is not None, words, read)
 
     def _check_terms(self, request: Request, terms: Sequence[list]) -> None:
         if all(theirs == terms[0] for theirs in terms):

@@ -21,12 +21,15 @@ def mix(values: np.ndarray, scratch: np.ndarray | None = None) -> np.ndarray:
         scratch: uint64 of the same shape that may be overwritten; allocated if absent.
     """
     scratch = np.empty_like(values) if scratch is None else scratch
-    for shift, factor in zip(_SHIFTS[:2], _FACTORS_64, strict=True):
-        np.right_shift(values, shift, out=scratch)
-        np.bitwise_xor(values, scratch, out=values)
-        np.multiply(values, factor, out=values)
-    np.right_shift(values, _SHIFTS[2], out=scratch)
-    return np.bitwise_xor(values, scratch, out=values)
+    # Positional arguments: a short array's time goes into the calls.
+    np.right_shift(values, _SHIFTS[0], scratch)
+    np.bitwise_xor(values, scratch, values)
+    np.multiply(values, _FACTORS_64[0], values)
+    np.right_shift(values, _SHIFTS[1], scratch)
+    np.bitwise_xor(values, scratch, values)
+    np.multiply(values, _FACTORS_64[1], values)
+    np.right_shift(values, _SHIFTS[2], scratch)
+    return np.bitwise_xor(values, scratch, values)
 
 
 def mix_one(value: int) -> int:

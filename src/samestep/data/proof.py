@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from samestep.data.split import Slice
 from samestep.errors import UsageError
 from samestep.units import count_in_words
 
+_GOLDEN = np.uint64(GOLDEN)
+
 
 def hash_of(epoch: int, ids: np.ndarray) -> int:
     """Return the multiset hash of samples read in one epoch; hashes add, modulo 2**64.
@@ -30,11 +33,17 @@ def hash_of(epoch: int, ids: np.ndarray) -> int:
         ids: sample ids, integers of any shape.
     """
     values = ids.astype(np.uint64)
-    values += np.uint64(GOLDEN)
-    mix(values)
+    scratch = np.empty_like(values)
+    np.add(values, _GOLDEN, values)
+    mix(values, scratch)
     # Mixed once more than the ids are: else sample 3 of epoch 5 would count like sample 5 of epoch 3.
-    values += np.uint64(mix_one(mix_one(epoch) + GOLDEN))
-    return int(mix(values).sum(dtype=np.uint64))
+    np.add(values, _key_of(epoch), values)
+    return int(np.add.reduce(mix(values, scratch), axis=None))
+
+
+@lru_cache(maxsize=4)
+def _key_of(epoch: int) -> np.uint64:
+    return np.uint64(mix_one(mix_one(epoch) + GOLDEN))
 
 
 def expected(num_samples: int, epochs: range) -> int:

@@ -19,8 +19,6 @@ from samestep.data.source import Source
 from samestep.data.split import Slice, shard_bounds
 from samestep.storage.digest import state_digest
 
-_COUNT_AT_ONCE = 16_384
-
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
@@ -47,6 +45,7 @@ class Feed:
     Attributes:
         data: what the user gave; kept so that its identity stays its own.
         coverage: what the committed steps were due to read.
+        read: what was read for them, by all workers.
     """
 
     def __init__(self, data: Any, num_samples: int, seed: tuple[int, int]):
@@ -61,10 +60,7 @@ class Feed:
         self.num_samples = num_samples
         self.coverage = Coverage(num_samples)
         self._content: list[str] | None = None
-        self._read = SampleCount()
-        self._uncounted: list[np.ndarray] = []
-        self._num_uncounted = 0
-        self._epoch = 0
+        self.read = SampleCount()
         self._seed = seed
         self._shuffle = True
         self._shuffled: dict[int, bool] = {}
@@ -114,39 +110,19 @@ class Feed:
             self._shuffle = shuffle
             self._orders.clear()
 
-    def commit(self, batch: Slice, shards: Sequence[Shard | None] | None) -> None:
-        """Count a committed step's samples, from the ids that were read (None in a replay: read before)."""
+    def commit(self, batch: Slice, read: SampleCount) -> None:
+        """Count a committed step's samples, as all workers have read them."""
         self.coverage.add(batch)
         self._shuffled.setdefault(batch.epoch, self._shuffle)
-        if batch.epoch != self._epoch:
-            self._count(self._epoch)
-        for shard in shards or ():
-            if shard is not None:
-                self._uncounted.append(shard.ids)
-                self._num_uncounted += shard.size
-        if batch.ends_epoch or self._num_uncounted >= _COUNT_AT_ONCE:
-            self._count(batch.epoch)
-        self._epoch = batch.epoch
+        self.read += read
 
-    @property
-    def read(self) -> SampleCount:
-        """What this worker read for committed steps."""
-        self._count(self._epoch)
-        return self._read
+    def proof(self) -> Proof:
+        """Compare what was read with what was due."""
+        return Proof.of(self.coverage, self.read, self.order)
 
-    def restore(self, read: SampleCount) -> None:
-        """Set what was read before a resume."""
-        self._uncounted.clear()
-        self._num_uncounted = 0
-        self._read = read
 
-    def _count(self, epoch: int) -> None:
-        """Hash the ids that wait, all of one epoch: together, because a hash of few costs as much as one of many."""
-        if self._uncounted:
-            self._read += SampleCount.of(epoch, np.concatenate(self._uncounted))
-            self._uncounted.clear()
-            self._num_uncounted = 0
-
-    def proof(self, read: SampleCount) -> Proof:
-        """Compare what all workers read with what was due."""
-        return Proof.of(self.coverage, read, self.order)
+def count_read(epoch: int, shards: Sequence[Shard | None]) -> tuple[int, int]:
+    """Return how many samples were read, and their hash (the fields of a `SampleCount`)."""
+    ids = [shard.ids for shard in shards if shard is not None]
+    count = SampleCount.of(epoch, np.concatenate(ids)) if ids else SampleCount()
+    return count.num_samples, count.hash

@@ -20,10 +20,8 @@ from samestep.core.clock import Clock
 from samestep.core.group import Group
 from samestep.core.snapshot import FROM_MEMORY, Snapshots
 from samestep.core.worker import Wish
-from samestep.data.proof import SampleCount
 from samestep.errors import SettingsError, StorageError
 from samestep.loop.archive import Archive
-from samestep.loop.feed import Feed
 from samestep.loop.mismatch import Conditions
 from samestep.loop.recipe import Keeping
 from samestep.loop.record import Record
@@ -46,7 +44,6 @@ class Kept(Protocol):
     ledger: Ledger
     record: Record
     conditions: Conditions
-    feeds: dict[Any, Feed]
 
     @property
     def archive(self) -> Archive:
@@ -126,8 +123,6 @@ class Keeper:
             return False
         self._saved = None
         self._run.archive.restore(saved)
-        for feed, read in zip(self._run.feeds.values(), saved.facts["reads"], strict=True):
-            feed.restore(SampleCount.from_state(read) if self._run.group.worker.is_first else SampleCount())
         self._run.clock.add(saved.facts["elapsed"])
         done, folder = self._run.record.num_steps, self._run.keeping.checkpoint
         is_written = folder is None or saved.path != FROM_MEMORY or checkpoint.path_of(folder, done).exists()
@@ -224,16 +219,10 @@ class Keeper:
     def _facts(self, made_by: str, kind: str) -> dict[str, Any]:
         """Return what the run needs to go on, beside the state. Collective."""
         run = self._run
-        met = run.calls.meet(kind, line_of_user(), [feed.read.state_dict() for feed in run.feeds.values()])
+        run.calls.meet(kind, line_of_user())
         return {
             **run.conditions.facts(),
             "ledger": run.ledger.to_facts(),
             "made_by": made_by,
-            "reads": [total.state_dict() for total in totals([value for value, _ in met])],
             "elapsed": run.clock.elapsed(),
         }
-
-
-def totals(reads: list[list[dict[str, int]]]) -> list[SampleCount]:
-    """Return what all workers read, for each data set; `reads` holds, per worker, one state of `SampleCount` each."""
-    return [sum(map(SampleCount.from_state, column), SampleCount()) for column in zip(*reads, strict=True)]

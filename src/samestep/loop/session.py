@@ -16,7 +16,7 @@ from samestep.core.randomness import seed_evaluation
 from samestep.errors import MismatchError, StorageError, UsageError
 from samestep.loop.archive import Archive
 from samestep.loop.feed import Feed
-from samestep.loop.keeper import Keeper, totals
+from samestep.loop.keeper import Keeper
 from samestep.loop.mismatch import Conditions
 from samestep.loop.recipe import Keeping, Recipe
 from samestep.loop.record import Record, combined
@@ -192,8 +192,7 @@ class Session:
         self.keeper.at_end()
         weights = tensors_digest(self.model.named_tensors())
         states = [trained.update.full_state() for trained in self.model.trained]
-        mine = {"weights": weights, "reads": [feed.read.state_dict() for feed in self.feeds.values()]}
-        met = self.calls.meet("the end of main", "", {**self.record.facts(), **mine})
+        met = self.calls.meet("the end of main", "", {**self.record.facts(), "weights": weights})
         parts = [value for value, _ in met]
         for rank, part in enumerate(parts):
             if part["weights"] != parts[0]["weights"]:
@@ -201,8 +200,7 @@ class Session:
                     f"Worker {rank} ended with other weights than worker 0 ({part['weights']} against "
                     f"{parts[0]['weights']}). Was a module changed by code that depends on the worker?"
                 )
-        reads = totals([p["reads"] for p in parts])
-        proofs = [feed.proof(read) for feed, read in zip(self.feeds.values(), reads, strict=True)]
+        proofs = [feed.proof() for feed in self.feeds.values()]
         self.model.release()
         if not all(p.holds for p in proofs):
             self.record.note("The samples that were read are not those that were due; see the line on samples.")

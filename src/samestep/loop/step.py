@@ -22,7 +22,7 @@ from samestep.core.randomness import seed_shard, seed_step
 from samestep.data.loading import Shard
 from samestep.data.split import Slice, shard_bounds
 from samestep.errors import UsageError
-from samestep.loop.feed import Feed
+from samestep.loop.feed import count_read
 from samestep.loop.session import Session
 
 
@@ -67,6 +67,7 @@ class Step:
         skipped: after `update`: whether the weights stayed as they were, because a gradient overflowed under a scaler,
             or was not finite and `run.replicate(nonfinite=...)` lets such updates be skipped.
         pass_: how many updates this step has made.
+        slice: the positions of the data that the batch holds.
         left_in: the replica in whose shard the loop was left, if it was.
     """
 
@@ -74,7 +75,7 @@ class Step:
         self._driver = driver
         self._seed = driver.session.recipe.seed
         self._num_replicas = driver.session.num_replicas
-        self._slice = slice_
+        self.slice = slice_
         self._shards = shards
         self.number = slice_.number
         self.epoch = slice_.epoch
@@ -104,7 +105,7 @@ class Step:
         self._state = "open"
         if self._shards is None and not self._driver.session.replaying:
             # The replay ended inside this step: its checkpoint was made before an update of it.
-            self._shards = self._driver.read(self._slice)
+            self._shards = self._driver.read(self.slice)
         if self._shards is None:
             seed_step(self._seed, self.number)
             self._state = "iterated"
@@ -231,6 +232,9 @@ class Step:
         if clip_norm is not None and not clip_norm > 0:
             raise UsageError(f"You set clip_norm={clip_norm}; it must be above 0.")
         choices = Choices(where=where, optimizer=optimizer, clip_norm=clip_norm, scaler=scaler, transform=transform)
+        if self.pass_ == 0 and self._shards is not None:
+            # Told to all: what a worker has read must not be lost with it.
+            self._part.read = count_read(self.epoch, self._shards)
         self._outcome = self._driver.update(self, self._part, choices)
         self.means = self._outcome.means
         self.skipped = self._outcome.skipped
@@ -260,8 +264,8 @@ class Step:
 
     def describe(self, replica: int) -> str:
         """Return words that name the shard of `replica`: step, replica, samples."""
-        start, stop = shard_bounds(self._slice.start, self._slice.stop, self._num_replicas)[replica]
-        ids = self._driver.ids(self._slice, start, stop).tolist()
+        start, stop = shard_bounds(self.slice.start, self.slice.stop, self._num_replicas)[replica]
+        ids = self._driver.ids(self.slice, start, stop).tolist()
         shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
         return f"step {self.number}, replica {replica} (samples {shown})"
 
@@ -279,10 +283,6 @@ class Step:
             num_samples=self.size,
             describe=self.describe,
         )
-
-    def count_samples(self, feed: Feed) -> None:
-        """Count the samples of this step as read."""
-        feed.commit(self._slice, self._shards)
 
     def _known(self, name: str) -> Outcome:
         if self._outcome is None:

@@ -13,6 +13,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from samestep.agree.synchronous import Outcome, Part
 from samestep.core.randomness import seed_step
 from samestep.core.whole_update import WholeUpdate
+from samestep.data.proof import SampleCount
 from samestep.data.shard import Shard
 from samestep.data.split import Slice
 from samestep.errors import UsageError
@@ -93,7 +94,7 @@ class Stepping:
 
         def make() -> list:
             made = session.agreed.update(step.request(index, choices), part)
-            return [made.loss, made.grad_norm, made.means, made.skipped, made.problem]
+            return [made.loss, made.grad_norm, made.means, made.skipped, made.problem, list(made.read)]
 
         for hook in _user_hooks(_global_optimizer_pre_hooks, optimizer._optimizer_step_pre_hooks):
             hook(optimizer, (), {})
@@ -118,7 +119,7 @@ class Stepping:
         if step.pass_ == 0:
             # Here, not when the step ends: a loop may be left by `break` after its update.
             session.record.num_steps += 1
-            step.count_samples(self._feed)
+            self._feed.commit(step.slice, SampleCount(*outcome.read))
         return outcome
 
     def read(self, batch: Slice) -> Sequence[Shard | None]:
