@@ -21,7 +21,7 @@ exchanges have their own buffers. It cannot enter k+2 before the other has enter
 [Note: workers that die]
 The supervisor marks a worker dead after its process is gone, so its line does not change any more. An exchange that it
 has entered is complete without it: its message lies there. The first one that it has not entered cannot be completed,
-so every survivor finds the same one, and raises `WorkerLost` (or gives up, where nobody is prepared for it). `reform`
+so every survivor finds the same one, and raises `WorkerLost` (outside of `mendable()` it gives up). `reform`
 then agrees on who is left. While it is under way others may die, and be seen by some survivors only; so each tells whom
 it counts in, and all try again, one exchange later, until all tell the same.
 
@@ -46,6 +46,7 @@ import torch
 
 from samestep.core.group import SharedMemoryGroup, WorkerLost, align, aligned_zeros
 from samestep.core.pages import WROTE, Pages
+from samestep.core.regions import Regions
 from samestep.core.worker import Worker
 from samestep.errors import PeerError, SettingsError
 
@@ -133,7 +134,7 @@ class Arena(SharedMemoryGroup):
         Args:
             worker: this worker. Its `size` may be smaller than the number of workers the handles were made for.
             handles: as inherited from the launcher.
-            give_up: ends this process where another is lost and nobody is prepared; None raises `WorkerLost` there.
+            give_up: ends this process where another is lost and nobody is prepared; None raises a `PeerError`.
             joins: the others are under way already: alone, with memory of its own, until `join`.
         """
         self._handles = handles
@@ -146,15 +147,13 @@ class Arena(SharedMemoryGroup):
         self._messages = memoryview(self._block)[_messages_start(len(handles.events)) :]
         self._mine = _WORDS * (1 + self.slot)
         self._is_outside = joins
+        self._is_whole = not joins
         if joins:
             # Of the one before in this slot. The supervisor marks this one only after its own exit.
             self._words[self._mine + _DEAD] = 0
         self._seat([self.slot] if joins else list(range(worker.size)))
         self.count = self._words[self._mine]
-        self._data_end = 0
-        self._regions: dict[str, tuple[int, int]] = {}
-        self._free: list[tuple[int, int]] = []
-        self._maps: dict[tuple[int, int], mmap.mmap] = {}
+        self._regions = Regions(handles.data)
         self._pages = Pages(self._words, self._mine + _PAGES)
         self._poll = select.poll()
         self._poll.register(handles.events[self.slot], select.POLLIN)
@@ -180,18 +179,22 @@ class Arena(SharedMemoryGroup):
         before = self.members
         while True:
             self._seat([slot for slot in (*before, *joining) if not self._is_dead(slot)])
-            memory = [self._data_end, self._regions, self._free]
-            try:
-                with self.mendable():
-                    replies = self.exchange(json.dumps([self.members, memory, value]).encode())
-            except WorkerLost:
-                continue
-            told = [json.loads(reply) for reply in replies]
-            if all(members == self.members for members, _, _ in told):
-                self._data_end, regions, free = told[0][1]
-                self._regions = {name: (start, length) for name, (start, length) in regions.items()}
-                self._free = [(start, length) for start, length in free]
-                return [value for _, _, value in told]
+            memory = [self._regions.to_facts(), self._is_whole]
+            told: list[Any] = []
+            with contextlib.suppress(WorkerLost), self.mendable():
+                told = list(map(json.loads, self.exchange(json.dumps([self.members, memory, value]).encode())))
+            if told and all(members == self.members for members, _, _ in told):
+                break
+            # Who joins cannot know what the others do now, so it is left out, and comes again another time.
+            if self.slot not in before:
+                self._lose("A worker died while this one joined.")
+            joining = ()
+        # Those who came last are behind the others.
+        regions, is_whole = told[0][1]
+        if not is_whole:
+            self._lose("All workers that knew the state are gone.")
+        self._regions.go_on_with(regions)
+        return [value for _, _, value in told]
 
     def join(self, count: int, members: Sequence[int], joining: Sequence[int]) -> list[Any]:
         """Come in, as one of those whom the members let in with `reform(..., joining)`.
@@ -208,6 +211,10 @@ class Arena(SharedMemoryGroup):
         self.members = list(members)
         self.count = count
         return self.reform(None, joining)
+
+    def settle(self) -> None:
+        """Take note that this worker knows all that the others know: it could go on alone."""
+        self._is_whole = True
 
     def exchange(self, message: bytes) -> list[bytes]:
         num_rounds = 1 + max(0, len(message) - 1) // (_MESSAGE_BYTES - 1)
@@ -227,18 +234,11 @@ class Arena(SharedMemoryGroup):
     def allocate(self, num_bytes: int, name: str = "") -> torch.Tensor:
         if self._is_outside:
             return aligned_zeros(num_bytes)
-        length = -(-max(num_bytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
-        region = self._regions.get(name)
-        if region is not None and region[1] != length:
-            self._free.append(self._regions.pop(name))
-            region = None
-        if region is None:
-            region = self._new_region(length)
-            if name:
-                self._regions[name] = region
-        memory = self._maps.get(region)
+        memory = self._regions.known(name, num_bytes)
         if memory is None:
-            memory = self._maps[region] = mmap.mmap(self._handles.data, length, offset=region[0])
+            region = self._regions.take(name, num_bytes, makes=self.worker.is_first)
+            self.exchange(b"")
+            memory = self._regions.map(region)
         return torch.frombuffer(memory, dtype=torch.uint8)[:num_bytes]
 
     def protect(self, memory: torch.Tensor, read_only: bool) -> None:
@@ -250,7 +250,7 @@ class Arena(SharedMemoryGroup):
         self._messages.release()
         self._block.close()
         # The data maps are referred to by tensors; they go when those go.
-        self._maps.clear()
+        self._regions.close()
 
     def _seat(self, members: list[int]) -> None:
         """Take part with `members` from now on."""
@@ -262,24 +262,14 @@ class Arena(SharedMemoryGroup):
         # More workers than cores: a spinning worker would keep the one it waits for from running.
         self._spin_seconds = _SPIN_SECONDS if size <= len(os.sched_getaffinity(0)) else 0.0
 
+    def _lose(self, why: str) -> NoReturn:
+        """Give up: who supervises the run starts all anew."""
+        if self._give_up is not None:
+            self._give_up()
+        raise PeerError(why)
+
     def _is_dead(self, slot: int) -> bool:
         return bool(self._words[_WORDS * (1 + slot) + _DEAD])
-
-    def _new_region(self, length: int) -> tuple[int, int]:
-        """Return (start, length) of memory that is zero, and that nobody uses. Collective."""
-        region = next((free for free in self._free if free[1] == length), None)
-        if region is not None:
-            self._free.remove(region)
-            if self.worker.is_first:
-                with mmap.mmap(self._handles.data, length, offset=region[0]) as memory:
-                    memory[:] = bytes(length)
-        else:
-            region = self._data_end, length
-            self._data_end += length
-            if self.worker.is_first:
-                os.ftruncate(self._handles.data, self._data_end)
-        self.exchange(b"")
-        return region
 
     def _round(self, message: bytes, num_rounds: int) -> tuple[list[bytes], int]:
         """Exchange messages that fit a buffer; also return the largest `num_rounds` that a worker announced."""
@@ -334,9 +324,9 @@ class Arena(SharedMemoryGroup):
             raise PeerError("Another worker of this run is gone.")
         # In this order: a dead worker's last store came before its mark.
         if any(words[line + _DEAD] and words[line] < count for line in waiting):
-            if self._give_up is not None and not self._num_mendable:
-                self._give_up()
-            raise WorkerLost(f"Worker lost in exchange {count}.")
+            if self._num_mendable:
+                raise WorkerLost
+            self._lose("Another worker of this run has died.")
         words[self._mine + 3] = 1
         # Looked at once more after the flag is up. Should the flag still be missed, the timeout ends the nap.
         if any(words[line] < count for line in waiting) and self._poll.poll(_BLOCK_SECONDS * 1e3):

@@ -49,10 +49,17 @@ class GradientArea(ABC):
 
 
 class Group(ABC):
-    """All communication between workers."""
+    """All communication between workers.
+
+    Attributes:
+        worker: this worker. Another one after others have died or joined.
+        shares_memory: what one worker writes, all can read after the next `exchange`.
+        slot: what stays of a worker when ranks change.
+    """
 
     worker: Worker
     shares_memory: bool
+    slot = 0
 
     @abstractmethod
     def exchange(self, message: bytes) -> list[bytes]:

@@ -97,6 +97,14 @@ class Trained:
         self._meet()
         self.update.reseat()
 
+    def take_over(self, groups: Sequence[Mapping[str, Any]], numbers: Mapping[int, Mapping[str, Any]]) -> None:
+        """Take what the optimizer of a worker that joins has of its own: settings of groups, numbers in the state."""
+        for group, settings in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update(settings)
+        for index, values in numbers.items():
+            self.optimizer.state[self.weights.parameters[index]].update(values)
+        self.stale = False
+
     def _layout(self) -> Layout:
         # An optimizer that may look at anything has one owner: the layout for one worker, others own nothing.
         size = self._group.worker.size
