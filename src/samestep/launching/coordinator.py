@@ -226,13 +226,15 @@ class Coordinator:
     def _settle(self) -> None:
         """Do what follows from how things stand, whatever has just happened."""
         roster = self._roster
-        if self._is_leaving:
-            self._out += roster.dismiss(Part.REPLACEMENT)
-        # One that was asked in may be a member, and even the first, until the first has said that all is over.
-        if self._has_finished or not roster.alive(Part.MEMBER):
-            self._out += roster.dismiss(Part.REPLACEMENT, Part.JOINER)
-        if not roster.alive(Part.MEMBER) and not self._has_finished and not self.ending.has_begun:
+        is_empty = not roster.alive(Part.MEMBER)
+        if is_empty and not self._has_finished and not self.ending.has_begun:
+            # They left without a word of those who died.
             self._recall()
+        if self._is_leaving:
+            self._out += roster.withdraw() + roster.dismiss(Part.REPLACEMENT)
+        # One that was asked in may be a member, and even the first, until the first has said that all is over.
+        if self._has_finished or is_empty:
+            self._out += roster.dismiss(Part.REPLACEMENT, Part.JOINER)
         if self._is_playing:
             self._out += roster.refill()
         if not roster.alive():

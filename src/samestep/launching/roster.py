@@ -69,10 +69,12 @@ class Roster:
     Attributes:
         places: one per slot.
         deaths: those that the fleet has neither answered nor been ended for.
+        asked: slots that the workers were ordered to take in.
     """
 
     places: list[Place]
     deaths: list[tuple[Exited, str]] = field(default_factory=list)
+    asked: tuple[int, ...] = ()
 
     def current(self, slot: int, generation: int) -> Place | None:
         """Return the slot if that worker still lives there; None for one of before."""
@@ -170,14 +172,20 @@ class Roster:
     def dismiss(self, *parts: Part) -> list[Instruction]:
         """Kill those that are not needed any more."""
         slots = self.alive(*parts)
-        asked = self.alive(Part.JOINER)
         for slot in slots:
             self.places[slot].part = Part.DISMISSED
-        is_less = asked != self.alive(Part.JOINER)
-        return [*([self._join()] if is_less else []), *map(Kill, slots)]
+        return [Kill(slot) for slot in slots]
+
+    def withdraw(self) -> list[Instruction]:
+        """Nobody is to be taken in any more."""
+        if not self.asked:
+            return []
+        self.asked = ()
+        return [Join(())]
 
     def _join(self) -> Join:
-        return Join(tuple(self.alive(Part.JOINER)))
+        self.asked = tuple(self.alive(Part.JOINER))
+        return Join(self.asked)
 
 
 def new_roster(num_workers: int) -> Roster:
