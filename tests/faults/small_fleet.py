@@ -87,8 +87,11 @@ class Teller:
     def caught_up(self) -> None:
         self.tell("caught_up")
 
-    def take_over(self) -> None:
-        self.tell("take_over")
+    def recorded(self, num_calls: int) -> None:
+        pass
+
+    def take_over(self, num_calls: int) -> None:
+        self.tell("take_over", num_calls)
 
     def ready(self) -> None:
         self.tell("ready")

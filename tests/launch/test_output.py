@@ -1,47 +1,82 @@
-"""What workers print in one place, one after the other."""
+"""What workers print: unseen, or where the first does; one after the other in a slot, and when the first is gone."""
 
 import ctypes
 import os
 import signal
 
-from samestep.launching.output import Plumbing, WorkerOutput
+from samestep.launching.output import Outlet, Plumbing, WorkerOutput
 
 
-def worker(output, text, crashes=False):
-    """Play a worker in a process of its own."""
+def worker(output, outlet, act, is_first=False):
+    """Play a worker in a process of its own; `act` is what it does."""
     pid = os.fork()
     if not pid:
-        output.enter()
-        os.write(1, text)
-        if crashes:
-            ctypes.string_at(0)
+        output.enter(outlet, is_first)
+        act()
         os._exit(0)
-    output.forked()
     return os.waitpid(pid, 0)[1]
 
 
+def saying(text, crashes=False):
+    def act():
+        os.write(1, text)
+        if crashes:
+            ctypes.string_at(0)
+
+    return act
+
+
 def test_the_next_worker_in_a_place_goes_on_with_its_file():
-    output = WorkerOutput(1, Plumbing())
-    assert os.WTERMSIG(worker(output, b"first\n", crashes=True)) == signal.SIGSEGV
+    output, outlet = WorkerOutput(1), Outlet(Plumbing())
+    assert os.WTERMSIG(worker(output, outlet, saying(b"first\n", crashes=True))) == signal.SIGSEGV
     assert "Segmentation fault" in output.stack()
     output.again()
     assert output.stack() == "", "a crash is that of its own worker"
-    assert worker(output, b"second\n") == 0
+    assert worker(output, outlet, saying(b"second\n")) == 0
     text = output.text()
     assert text.startswith(b"first\nFatal Python error: Segmentation fault") and text.endswith(b"second\n")
     output.again()
-    worker(output, b"", crashes=True)
+    worker(output, outlet, saying(b"", crashes=True))
     assert output.stack().startswith("Fatal Python error"), "it is written from the beginning"
     output.close()
 
 
-def test_the_next_first_worker_gets_pipes_of_its_own():
-    output = WorkerOutput(0, Plumbing(pipe_stdout=True))
+def test_the_first_prints_to_the_outlet_and_others_do_not():
     before = len(os.listdir("/proc/self/fd"))
-    for text in (b"first", b"second"):
-        worker(output, text)
-        assert output.read(1) == text
-        output.again()
-    output.forked()
-    assert len(os.listdir("/proc/self/fd")) < before
+    outlet, first, second = Outlet(Plumbing(pipe_stdout=True)), WorkerOutput(0), WorkerOutput(1)
+    worker(first, outlet, saying(b"seen"), is_first=True)
+    worker(second, outlet, saying(b"unseen"))
+    assert (outlet.read(1), first.text(), second.text()) == (b"seen", b"", b"unseen")
+    for thing in (outlet, first, second):
+        thing.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_who_takes_over_shows_what_the_first_may_not_have_shown():
+    outlet, output = Outlet(Plumbing(pipe_stdout=True)), WorkerOutput(1)
+
+    def act():
+        for number in range(1, 4):
+            print(f"before call {number}")
+            output.mark(number)
+        print("after call 3")
+        output.take_over(num_calls=2)
+        print("as the first")
+
+    worker(output, outlet, act)
+    assert outlet.read(1) == b"before call 3\nafter call 3\nas the first\n"
+    outlet.close()
+    output.close()
+
+
+def test_hidden_prints_stay_hidden():
+    outlet, output = Outlet(Plumbing(pipe_stdout=True, hidden=True)), WorkerOutput(1)
+
+    def act():
+        print("one")
+        output.take_over(num_calls=0)
+        print("two")
+
+    worker(output, outlet, act)
+    assert (outlet.pipes, output.text()) == ({}, b"one\ntwo\n")
     output.close()

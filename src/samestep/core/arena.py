@@ -10,7 +10,7 @@ Control block, one line of 64 bytes per worker, int64 words:
     [1] [2]        length of its message in an even / odd exchange
     [3] asleep     1 while it blocks on its eventfd
     [4] [5]        what it keeps read-only, and whether it crashed by writing there (`pages`)
-    [6] dead       1 once the supervisor has seen its exit
+    [6] deaths     exits in this slot that the supervisor has seen; written by it alone
 
 and one line before them: [0] the word that `Handles.abort` sets: a worker is gone.
 
@@ -22,8 +22,9 @@ exchanges have their own buffers. It cannot enter k+2 before the other has enter
 The supervisor marks a worker dead after its process is gone, so its line does not change any more. An exchange that it
 has entered is complete without it: its message lies there. The first one that it has not entered cannot be completed,
 so every survivor finds the same one, and raises `WorkerLost` (outside of `mendable()` it gives up). `reform`
-then agrees on who is left. While it is under way others may die, and be seen by some survivors only; so each tells whom
-it counts in, and all try again, one exchange later, until all tell the same.
+then agrees on who is left, and on the deaths that this answers; only further ones count from then on. While it is under
+way others may die, and be seen by some survivors only; so each tells whom it counts in, and all try again, one exchange
+later, until all tell the same.
 
 [Note: order of stores]
 A worker writes its message, then its `arrived`. x86 makes stores visible in program order. Where the CPU does not
@@ -53,7 +54,7 @@ from samestep.errors import PeerError, SettingsError
 _LINE = 64
 _WORDS = _LINE // 8
 _PAGES = 4
-_DEAD = 6
+_DEATHS = 6
 _MESSAGE_BYTES = 1 << 16
 _SPIN_SECONDS = 50e-6
 _YIELD_SECONDS = 1e-3
@@ -96,9 +97,10 @@ class Handles:
 
     def mark_dead(self, slot: int) -> None:
         """Tell the others that worker `slot` is gone. Call it after its exit was awaited."""
-        start = _LINE * (1 + slot) + 8 * _DEAD
+        start = _LINE * (1 + slot) + 8 * _DEATHS
         with mmap.mmap(self.control, _control_bytes(len(self.events))) as memory:
-            memory[start : start + 8] = (1).to_bytes(8, "little")
+            deaths = int.from_bytes(memory[start : start + 8], "little") + 1
+            memory[start : start + 8] = deaths.to_bytes(8, "little")
         for event in self.events:
             os.eventfd_write(event, 1)
 
@@ -124,6 +126,7 @@ class Arena(SharedMemoryGroup):
         slot: this worker's line in the control block; it stays when ranks change.
         members: slots of the workers that take part, in rank order.
         count: exchanges entered so far.
+        answered: for each slot, the deaths that the members have got over.
     """
 
     def __init__(
@@ -148,11 +151,9 @@ class Arena(SharedMemoryGroup):
         self._mine = _WORDS * (1 + self.slot)
         self._is_outside = joins
         self._is_whole = not joins
-        if joins:
-            # Of the one before in this slot. The supervisor marks this one only after its own exit.
-            self._words[self._mine + _DEAD] = 0
         self._seat([self.slot] if joins else list(range(worker.size)))
         self.count = self._words[self._mine]
+        self.answered = [0] * len(handles.events)
         self._regions = Regions(handles.data)
         self._pages = Pages(self._words, self._mine + _PAGES)
         self._poll = select.poll()
@@ -178,8 +179,9 @@ class Arena(SharedMemoryGroup):
         """
         before = self.members
         while True:
-            self._seat([slot for slot in (*before, *joining) if not self._is_dead(slot)])
-            memory = [self._regions.to_facts(), self._is_whole]
+            deaths = self._deaths()
+            self._seat([slot for slot in (*before, *joining) if deaths[slot] == self.answered[slot]])
+            memory = [self._regions.to_facts(), self._is_whole, deaths]
             told: list[Any] = []
             with contextlib.suppress(WorkerLost), self.mendable():
                 told = list(map(json.loads, self.exchange(json.dumps([self.members, memory, value]).encode())))
@@ -190,27 +192,29 @@ class Arena(SharedMemoryGroup):
                 self._lose("A worker died while this one joined.")
             joining = ()
         # Those who came last are behind the others.
-        regions, is_whole = told[0][1]
+        regions, is_whole, self.answered = told[0][1]
         if not is_whole:
             self._lose("All workers that knew the state are gone.")
         self._regions.go_on_with(regions)
         return [value for _, _, value in told]
 
-    def join(self, count: int, members: Sequence[int], joining: Sequence[int]) -> list[Any]:
+    def join(self, offer: dict[str, Any]) -> list[Any]:
         """Come in, as one of those whom the members let in with `reform(..., joining)`.
 
         Args:
-            count: exchanges that the members have entered before it.
-            members: their slots, in rank order.
-            joining: as they give it.
+            offer: `count`, `members` and `answered` of a member, as they are before that call; and `joining`.
 
         Returns:
             The values of all members.
         """
         self._is_outside = False
-        self.members = list(members)
-        self.count = count
-        return self.reform(None, joining)
+        self.members, self.count, self.answered = offer["members"], offer["count"], offer["answered"]
+        return self.reform(None, offer["joining"])
+
+    @property
+    def misses_somebody(self) -> bool:
+        """Whether there were deaths that the members have not answered."""
+        return self._deaths() != self.answered
 
     def settle(self) -> None:
         """Take note that this worker knows all that the others know: it could go on alone."""
@@ -268,8 +272,11 @@ class Arena(SharedMemoryGroup):
             self._give_up()
         raise PeerError(why)
 
-    def _is_dead(self, slot: int) -> bool:
-        return bool(self._words[_WORDS * (1 + slot) + _DEAD])
+    def _has_died(self, line: int) -> bool:
+        return self._words[line + _DEATHS] > self.answered[line // _WORDS - 1]
+
+    def _deaths(self) -> list[int]:
+        return [self._words[_WORDS * (1 + slot) + _DEATHS] for slot in range(len(self.answered))]
 
     def _round(self, message: bytes, num_rounds: int) -> tuple[list[bytes], int]:
         """Exchange messages that fit a buffer; also return the largest `num_rounds` that a worker announced."""
@@ -323,7 +330,7 @@ class Arena(SharedMemoryGroup):
         if words[0]:
             raise PeerError("Another worker of this run is gone.")
         # In this order: a dead worker's last store came before its mark.
-        if any(words[line + _DEAD] and words[line] < count for line in waiting):
+        if any(self._has_died(line) and words[line] < count for line in waiting):
             if self._num_mendable:
                 raise WorkerLost
             self._lose("Another worker of this run has died.")

@@ -17,6 +17,8 @@ class Wish(IntFlag):
     """Keep the state in memory, and leave."""
     JOIN = 8
     """Take in workers that are ready, at the end of the step."""
+    ANSWER = 16
+    """Look who is gone: somebody has died whom nobody waits for."""
 
 
 def run_of(rank: int, num_workers: int, num_items: int) -> range:

@@ -7,7 +7,7 @@ import socket
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 _HEADER = struct.Struct("<IQ")
 _CHUNK = 1 << 16
@@ -106,23 +106,33 @@ def channel() -> tuple[Sender, Receiver]:
     return Sender(far), Receiver(near)
 
 
+class Output(Protocol):
+    """What a worker prints (`launching.output`)."""
+
+    def mark(self, num_calls: int) -> None:
+        """Note how far it is printed."""
+
+    def take_over(self, num_calls: int) -> None:
+        """Print to where the first did."""
+
+
 class ChannelReporter:
     """Gives what a run reports to the supervisor. But for `ready`, only the first worker of a run uses it."""
 
     def __init__(
-        self, sender: Sender, caught_up: Callable[[], None], take_over: Callable[[], None], silent: bool = False
+        self, sender: Sender, caught_up: Callable[[], None], output: Output | None = None, silent: bool = False
     ):
         """Report to the other end of `sender`.
 
         Args:
             sender: the way to the supervisor.
             caught_up: called in this process when it has caught up.
-            take_over: called in this process when it becomes the first worker.
+            output: what this process prints; None where it stays the first.
             silent: keep sentences back until it has caught up: the others have told them.
         """
         self._sender = sender
         self._caught_up = caught_up
-        self.take_over = take_over
+        self._output = output
         self._is_silent = silent
 
     def progress(self, frame: dict[str, Any]) -> None:
@@ -138,6 +148,16 @@ class ChannelReporter:
         """Pass on a sentence for the user."""
         if not self._is_silent:
             self._sender.send("note", {"text": text})
+
+    def recorded(self, num_calls: int) -> None:
+        """Take note that so many calls are recorded, by a worker that is not the first."""
+        if self._output is not None:
+            self._output.mark(num_calls)
+
+    def take_over(self, num_calls: int) -> None:
+        """Take note that this worker is the first from now on."""
+        if self._output is not None:
+            self._output.take_over(num_calls)
 
     def ready(self) -> None:
         """Tell that this worker has caught up as far as it can alone."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -10,7 +11,7 @@ from typing import Any, NoReturn
 from samestep.guarding.pulse import Pulse
 from samestep.launching.channel import Sender
 from samestep.launching.orders import Orders
-from samestep.launching.output import Muted
+from samestep.launching.output import Muted, WorkerOutput
 
 
 @dataclass(kw_only=True)
@@ -30,6 +31,7 @@ class WorkerContext:
         earlier: results of the launch calls that the caller's process has already made.
         leaves: whether the worker ends after its launch call (the caller's process goes on with the script).
         muted: what silences the script, where the caller's process or an earlier fleet has shown that part.
+        output: what it prints.
         snapshots: where the run keeps its newest state outside of the workers; None without.
         orders: what the supervisor wants of the run; None without.
         num_calls: launch calls seen so far.
@@ -50,6 +52,7 @@ class WorkerContext:
     earlier: tuple[bytes, ...] = ()
     leaves: bool = False
     muted: Muted | None = None
+    output: WorkerOutput | None = None
     snapshots: Any = None
     orders: Orders | None = None
     num_calls: int = 0
@@ -61,6 +64,14 @@ class WorkerContext:
         """Let the script print from now on."""
         if self.muted is not None:
             self.muted.end()
+
+    def give_up(self) -> NoReturn:
+        """Say that this worker cannot go on without one that has died, and wait for the end."""
+        if not self.joins:
+            self.sender.send("lost")
+            while True:
+                signal.pause()
+        os._exit(1)
 
     def leave(self) -> NoReturn:
         """End this process at once and quietly.

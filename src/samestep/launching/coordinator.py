@@ -169,7 +169,7 @@ class Coordinator:
         if frame.kind == "seated":
             self._run_folder = info.get("run_folder") or self._run_folder
             self._keeps_state = info.get("keeps_state", True)
-            self._is_kept, self._has_finished = info.get("can_scale", False), False
+            self._is_kept, self._has_finished = info.get("survivors_go_on", info.get("can_scale", False)), False
             self._roster.seat(info.get("num_workers", self._setup.num_workers))
             self._out.append(Watch(info.get("call", 0), info.get("hang_after")))
         self._has_finished |= frame.kind == "finished"

@@ -26,51 +26,75 @@ class Plumbing:
     hidden: bool = False
 
 
-class WorkerOutput:
-    """Standard output and standard error of one worker, made before the fork.
+class Outlet:
+    """Where the first worker of a fleet prints, whoever that is; made before the forks.
 
     Attributes:
-        pipes: reading ends by stream (1 or 2).
+        pipes: reading ends by stream (1 or 2), of the streams that are read.
     """
 
-    def __init__(self, rank: int, plumbing: Plumbing):
-        self.rank = rank
+    def __init__(self, plumbing: Plumbing):
         self.pipes: dict[int, int] = {}
         self._targets: dict[int, int] = {}
-        self._file: BinaryIO | None = None
-        # Of its own, so that the supervisor can read it without what the worker prints.
-        self._stack = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  lives as long as the worker
-        self._plumbing = plumbing
-        if rank > 0 or plumbing.hidden:
-            self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  lives as long as the worker
-        self._open_pipes()
-
-    def again(self) -> None:
-        """In the supervisor: be the output of the next worker in this place too. What was printed stays."""
-        self._close_pipes()
-        if self._file is not None:
-            self._file.write(_content(self._stack))
-        # Workers share the position in the file with this process.
-        self._stack.seek(0)
-        self._stack.truncate()
-        self._open_pipes()
-
-    def _open_pipes(self) -> None:
-        if self._file is not None:
-            return
-        for stream, wanted in ((1, self._plumbing.pipe_stdout), (2, self._plumbing.pipe_stderr)):
-            if wanted:
+        self._is_hidden = plumbing.hidden
+        for stream, wanted in ((1, plumbing.pipe_stdout), (2, plumbing.pipe_stderr)):
+            if wanted and not plumbing.hidden:
                 self.pipes[stream], self._targets[stream] = os.pipe()
                 os.set_blocking(self.pipes[stream], False)
 
-    def enter(self) -> None:
-        """In the forked worker: make this its output. Lines leave at once, so a killed worker loses none."""
+    def duplicates(self) -> dict[int, int]:
+        """In a forked worker: return descriptors to print to, by stream; none where prints are hidden."""
+        if self._is_hidden:
+            return {}
+        return {stream: os.dup(self._targets.get(stream, stream)) for stream in (1, 2)}
+
+    def read(self, stream: int) -> bytes:
+        """Return what has arrived in a pipe, empty if nothing has."""
+        parts = []
+        with contextlib.suppress(BlockingIOError):
+            while part := os.read(self.pipes[stream], 1 << 16):
+                parts.append(part)
+        return b"".join(parts)
+
+    def close(self) -> None:
+        """Give back every descriptor of this process."""
+        for descriptor in (*self.pipes.values(), *self._targets.values()):
+            os.close(descriptor)
+        self.pipes, self._targets = {}, {}
+
+
+class WorkerOutput:
+    """Standard output and standard error of the workers in one slot, made before the fork."""
+
+    def __init__(self, rank: int):
+        self.rank = rank
+        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  lives as long as the worker
+        # Of its own, so that the supervisor can read it without what the worker prints.
+        self._stack = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  lives as long as the worker
+        self._shown: dict[int, int] = {}
+        self._marks: list[tuple[int, int]] = [(0, 0)]
+
+    def again(self) -> None:
+        """In the supervisor: be the output of the next worker in this slot too. What was printed stays."""
+        self._file.write(_content(self._stack))
+        # Workers share the position in the file with this process.
+        self._stack.seek(0)
+        self._stack.truncate()
+
+    def enter(self, outlet: Outlet, is_first: bool) -> None:
+        """In the forked worker: make this its output. Lines leave at once, so a killed worker loses none.
+
+        Args:
+            outlet: where the first worker prints.
+            is_first: this is the first; what others print is kept unseen.
+        """
         with contextlib.suppress(OSError, ValueError):
             faulthandler.enable(os.dup(self._stack.fileno()))
-        unseen = {1: self._file.fileno(), 2: self._file.fileno()} if self._file is not None else {}
-        for stream, target in (unseen or self._targets).items():
+        self._shown = outlet.duplicates()
+        unseen = dict.fromkeys((1, 2), self._file.fileno())
+        for stream, target in (self._shown if is_first and self._shown else unseen).items():
             os.dup2(target, stream)
-        if self.rank > 0:
+        if not is_first:
             nothing = os.open(os.devnull, os.O_RDONLY)
             os.dup2(nothing, 0)
             os.close(nothing)
@@ -79,25 +103,28 @@ class WorkerOutput:
             if reconfigure is not None:
                 reconfigure(line_buffering=True)
 
-    def forked(self) -> None:
-        """In the supervisor: keep only the reading ends."""
-        for target in self._targets.values():
-            os.close(target)
-        self._targets = {}
+    def mark(self, num_calls: int) -> None:
+        """In a worker that is not the first: so many calls are recorded, and so much is printed."""
+        _flush()
+        self._marks = [*self._marks[-1:], (num_calls, os.lseek(self._file.fileno(), 0, os.SEEK_CUR))]
 
-    def read(self, stream: int) -> bytes:
-        """Return what has arrived in a pipe, empty if nothing has."""
-        parts = []
-        try:
-            while part := os.read(self.pipes[stream], 1 << 16):
-                parts.append(part)
-        except BlockingIOError:
-            pass
-        return b"".join(parts)
+    def take_over(self, num_calls: int) -> None:
+        """In the forked worker: print to where the first did, which is gone, and what it may not have printed.
+
+        Args:
+            num_calls: calls that it had recorded. What comes after the last of them may be printed twice, never missed.
+        """
+        _flush()
+        start = next((at for number, at in reversed(self._marks) if number <= num_calls), self._marks[0][1])
+        for stream, target in self._shown.items():
+            os.dup2(target, stream)
+        if self._shown and (text := _content(self._file)[start:]):
+            with contextlib.suppress(OSError):
+                os.write(1, text)
 
     def text(self) -> bytes:
         """Return all that went into the file, then the stack of a crash."""
-        return (b"" if self._file is None else _content(self._file)) + _content(self._stack)
+        return _content(self._file) + _content(self._stack)
 
     def stack(self) -> str:
         """Return what faulthandler wrote when the worker crashed; empty if it did not."""
@@ -105,16 +132,8 @@ class WorkerOutput:
 
     def close(self) -> None:
         """Give back every descriptor of this process."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._file.close()
         self._stack.close()
-        self._close_pipes()
-
-    def _close_pipes(self) -> None:
-        for descriptor in (*self.pipes.values(), *self._targets.values()):
-            os.close(descriptor)
-        self.pipes, self._targets = {}, {}
 
 
 class Muted:

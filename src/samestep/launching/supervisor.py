@@ -38,7 +38,7 @@ from samestep.launching.imports import Imports
 from samestep.launching.injector import Injector
 from samestep.launching.leftovers import end_orphans
 from samestep.launching.orders import Orders
-from samestep.launching.output import Plumbing, WorkerOutput, keep
+from samestep.launching.output import Outlet, Plumbing, WorkerOutput, keep
 from samestep.launching.restarts import Restarts
 from samestep.launching.signals import signals_into
 from samestep.launching.verdict import Outcome
@@ -172,6 +172,7 @@ class _Supervisor:
         self._imports = imports
         self._num_workers = num_workers
         self._members: list[_Member] = []
+        self._outlet = Outlet(fleet.plumbing)
         self._shared: Any = None
         self._selector = selectors.DefaultSelector()
         setup = Setup(
@@ -203,6 +204,8 @@ class _Supervisor:
             self._selector.register(wake, selectors.EVENT_READ, lambda: wake.recv(64))
             if self._fleet.control is not None:
                 self._on_readable(self._fleet.control, self._fleet.control.serve, self._signals)
+            for stream, pipe in self._outlet.pipes.items():
+                self._on_readable(pipe, self._print, stream)
             try:
                 zygote.check_one_task()
                 zygote.freeze()
@@ -222,6 +225,7 @@ class _Supervisor:
             for member in self._members:
                 member.close()
                 member.output.close()
+            self._outlet.close()
             self._selector.close()
             if shared is not None:
                 shared.close()
@@ -270,7 +274,7 @@ class _Supervisor:
             case do.Fork(slot, generation, True):
                 self._replace(slot, generation)
             case do.Fork(slot, generation):
-                member = _Member(slot, generation, WorkerOutput(slot, self._fleet.plumbing))
+                member = _Member(slot, generation, WorkerOutput(slot))
                 self._members.append(member)
                 self._fork(member, joins=False)
             case do.Terminate(slot):
@@ -319,32 +323,31 @@ class _Supervisor:
             generation=member.generation,
             joins=joins,
             sender=member.sender,
+            output=member.output,
             shared=self._shared,
             pulse=self._fence.pulses.of(member.rank),
             **self._fleet.context,
         )
-        member.pid = zygote.fork_worker(context, self._fleet.body, functools.partial(self._become, member))
+        member.pid = zygote.fork_worker(context, self._fleet.body, functools.partial(self._become, member, joins))
         member.pidfd = os.pidfd_open(member.pid)
         member.is_alive = True
         member.sender.close()
-        member.output.forked()
         self._on_readable(member.pidfd, self._ended, member)
         self._on_readable(member.receiver, self._hear, member)
-        for stream, pipe in member.output.pipes.items():
-            self._on_readable(pipe, self._print, member, stream)
 
-    def _become(self, me: _Member) -> None:
+    def _become(self, me: _Member, joins: bool) -> None:
         """In the forked worker: keep my ends, close what belongs to the supervisor and to the others."""
-        me.output.enter()
+        me.output.enter(self._outlet, is_first=me.rank == 0 and not joins)
+        self._outlet.close()
         me.stack.enter()
         self._selector.close()
         if self._fleet.control is not None:
             self._fleet.control.abandon()
         for member in self._members:
-            member.output.close()
             if member is me:
                 member.receiver.close()
             else:
+                member.output.close()
                 member.close()
 
     def _on_readable(self, source: Any, act: Callable[..., None], *arguments: Any) -> None:
@@ -381,14 +384,10 @@ class _Supervisor:
         _forget(self._selector, trial)
         self._imports.tried()
 
-    def _print(self, member: _Member, stream: int) -> None:
-        if member is not self._members[member.rank]:
-            return
-        data = member.output.read(stream)
+    def _print(self, stream: int) -> None:
+        data = self._outlet.read(stream)
         if data:
             self._watcher.output(stream, data)
-        else:
-            _forget(self._selector, member.output.pipes[stream])
 
     def _ended(self, member: _Member) -> None:
         _forget(self._selector, member.pidfd)
@@ -401,9 +400,8 @@ class _Supervisor:
             if other is member or other.is_alive:
                 self._hear(other)
         _forget(self._selector, member.receiver)
-        for stream, pipe in member.output.pipes.items():
-            self._print(member, stream)
-            _forget(self._selector, pipe)
+        for stream in self._outlet.pipes:
+            self._print(stream)
         crash = None
         if not self._coordinator.ending.has_begun:
             wrote = self._shared.wrote_protected(member.rank) if self._shared is not None else False

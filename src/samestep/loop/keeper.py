@@ -69,6 +69,7 @@ class Keeper:
         self._run = run
         self._snapshots = snapshots = supervision.snapshots
         self._orders = supervision.orders
+        self._reporter = supervision.reporter
         self._newcomer: Newcomer | None = None
         if supervision.joins:
             assert snapshots is not None
@@ -83,6 +84,11 @@ class Keeper:
     def saved(self) -> checkpoint.Checkpoint | None:
         """What the run goes on from, until the script has come to the point where it was made."""
         return self._saved
+
+    @property
+    def num_told(self) -> int:
+        """Calls that a first worker has recorded, and so what it printed before them was shown."""
+        return self._snapshots.num_calls if self._snapshots is not None else 0
 
     @property
     def joins(self) -> bool:
@@ -129,7 +135,10 @@ class Keeper:
 
     def took(self, num_calls: int) -> None:
         """Take note of how many calls the run has recorded."""
-        if self._snapshots is None or not self._run.group.worker.is_first:
+        if self._snapshots is None:
+            return
+        if not self._run.group.worker.is_first:
+            self._reporter.recorded(num_calls)
             return
         self._snapshots.num_calls = num_calls
         if num_calls == self._num_known:
@@ -170,6 +179,8 @@ class Keeper:
         # Without a snapshot, another number of workers would have nothing to go on from.
         scales = self._run.calls.heard(Wish.SCALE) and self._snapshots is not None
         joins = self._run.calls.heard(Wish.JOIN)
+        if self._run.calls.heard(Wish.ANSWER):
+            self._run.regroup()
         if (stops or scales) and self._orders is not None and self._run.group.worker.is_first:
             self._orders.reached()
         due = last or stops or (keeping.every is not None and done % keeping.every == 0)

@@ -54,7 +54,8 @@ def let_in(run: Joined, snapshots: Snapshots, joining: Sequence[int], last_write
     """
     assert isinstance(run.group, Arena)
     if run.group.worker.is_first:
-        facts = {"count": run.group.count, "members": run.group.members, "joining": joining}
+        group = run.group
+        facts = {"count": group.count, "members": group.members, "answered": group.answered, "joining": joining}
         snapshots.offer({**facts, "last_write": last_write})
     run.regroup(joining)
 

@@ -20,8 +20,15 @@ class Reporter(Protocol):
     def caught_up(self) -> None:
         """Take note that a run which was interrupted has come to where it was: prints count again."""
 
-    def take_over(self) -> None:
-        """Take note that this worker is the first from now on: the one before it is gone."""
+    def recorded(self, num_calls: int) -> None:
+        """Take note, in a worker that is not the first, that so many calls are recorded."""
+
+    def take_over(self, num_calls: int) -> None:
+        """Take note that this worker is the first from now on: the one before it is gone.
+
+        Args:
+            num_calls: calls that that one has recorded; what was printed before them was shown.
+        """
 
     def ready(self) -> None:
         """Take note that this worker, which joins a run, has caught up as far as it can alone."""
@@ -48,7 +55,10 @@ class Silent:
     def caught_up(self) -> None:
         """Drop it."""
 
-    def take_over(self) -> None:
+    def recorded(self, num_calls: int) -> None:
+        """Drop it."""
+
+    def take_over(self, num_calls: int) -> None:
         """Drop it."""
 
     def ready(self) -> None:

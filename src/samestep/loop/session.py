@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +15,7 @@ from samestep.core.clock import Clock
 from samestep.core.group import Group, WorkerLost
 from samestep.core.model import Model
 from samestep.core.randomness import seed_evaluation
-from samestep.core.worker import Worker
+from samestep.core.worker import Wish, Worker
 from samestep.errors import MismatchError, StorageError, UsageError
 from samestep.loop.archive import Archive
 from samestep.loop.feed import Feed
@@ -22,7 +23,7 @@ from samestep.loop.keeper import Keeper
 from samestep.loop.mismatch import Conditions
 from samestep.loop.recipe import Keeping, Recipe
 from samestep.loop.record import Record, combined
-from samestep.loop.supervision import Supervision
+from samestep.loop.supervision import Orders, Supervision
 from samestep.storage import wire
 from samestep.storage.digest import joined_digest, state_digest, tensors_digest
 from samestep.storage.ledger import Ledger
@@ -65,7 +66,7 @@ class Session:
         self.num_replicas = recipe.num_replicas(group.worker.size)
         orders = supervision.orders
         self.clock = Clock(supervision.pulse)
-        self.calls = Calls(group, self.clock, orders.pending if orders is not None else None)
+        self.calls = Calls(group, self.clock, partial(_wishes, orders, group) if orders is not None else None)
         self.ledger = Ledger()
         self.record = Record(group, supervision.reporter, self.clock)
         self.conditions = Conditions(recipe, keeping, group.worker.device, self.record.note)
@@ -114,15 +115,13 @@ class Session:
 
         Args:
             joining: slots of workers that come in.
-            offer: in such a worker: `count`, `members` and `joining`, as `Arena.join` takes them.
+            offer: in such a worker: see `Arena.join`.
         """
         group = self.group
         assert self.model is not None and isinstance(group, Arena)
-        before, was_first = set(group.members), offer is None and self.worker.is_first
-        if offer is None:
-            told = group.reform(self.calls.position(), joining)
-        else:
-            told = group.join(offer["count"], offer["members"], offer["joining"])
+        before, answered = set(group.members), group.answered
+        was_first = offer is None and self.worker.is_first
+        told = group.reform(self.calls.position(), joining) if offer is None else group.join(offer)
         while True:
             self.calls.go_to(told[0])
             try:
@@ -136,12 +135,12 @@ class Session:
         if not self.worker.is_first:
             return
         if not was_first:
-            self._reporter.take_over()
-        members = set(group.members)
+            self._reporter.take_over(self.keeper.num_told)
         facts = {"members": group.members, "step": self.record.num_steps}
-        if gone := sorted({*before, *joining} - members):
-            self._reporter.mended({**facts, "first": group.slot, "dead": gone})
-        if members - before:
+        if group.answered != answered:
+            dead = [slot for slot, deaths in enumerate(group.answered) if deaths and slot not in group.members]
+            self._reporter.mended({**facts, "first": group.slot, "dead": dead})
+        if set(group.members) - before:
             self._reporter.joined(facts)
 
     def recorded(self, kind: str, make: Callable[[], Any], where: str | None = None, again: bool = False) -> Any:
@@ -305,3 +304,9 @@ def _identity(data: Any) -> Any:
 
 def _counted(sentences: Counter[str]) -> list[str]:
     return [f"{words} ({count} data sets)" if count > 1 else words for words, count in sentences.items()]
+
+
+def _wishes(orders: Orders, group: Group) -> int:
+    """Return what the first worker asks of all."""
+    misses = isinstance(group, Arena) and group.misses_somebody
+    return orders.pending() | (Wish.ANSWER if misses else 0)

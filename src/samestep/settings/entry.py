@@ -369,6 +369,7 @@ def _fleet(body: zygote.Body, options: Options, plumbing: Plumbing, **context: A
         snapshots=snapshots,
         num_oom_kills=num_oom_kills,
         orders=orders,
+        survivors_go_on=True,
     )
 
 

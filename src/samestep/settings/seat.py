@@ -68,42 +68,46 @@ def take_part(context: WorkerContext, main: Main, asked: Options) -> Any:
     if number < len(context.earlier):
         return recorded(context.earlier[number])
     options = Options.from_dict(context.options).over(asked)
-    worker = _seat(context, options)
+    seated = _seat(context, options)
     if context.group is None:
-        context.group = _group(worker, context.shared)
+        context.group = _group(seated, context)
     # Of several launch calls in a script only the first is kept in memory: it is the one that a new fleet comes to.
     is_kept = number == len(context.earlier) and options.trace is None and options.protect is not False
     snapshots = context.snapshots if is_kept else None
-    if worker.is_first:
-        told = {"num_workers": worker.size, "run_folder": options.checkpoint, "options": options.to_dict()}
+    if seated.is_first and not context.joins:
+        told = {"num_workers": seated.size, "run_folder": options.checkpoint, "options": options.to_dict()}
         watched = {"call": number, "hang_after": options.hang_after}
         kept = {"keeps_state": options.protect is not False, "can_scale": snapshots is not None}
-        context.sender.send("seated", {**told, **watched, **kept})
+        # Replicas that are workers would change with them.
+        mends = snapshots is not None and options.recipe().replicas != "workers" and seated.device == "cpu"
+        context.sender.send("seated", {**told, **watched, **kept, "survivors_go_on": mends})
         if snapshots is not None and (names := learned(context.known)):
             # So that workers which start again need not import them once more.
             context.sender.send("imports", {"names": names})
     from samestep.core.calls import Halted
     from samestep.loop.supervision import Supervision
 
-    if snapshots is None or not snapshots.num_calls:
+    if not context.joins and (snapshots is None or not snapshots.num_calls):
         context.unmute()
     context.is_playing = True
     if context.pulse is not None:
         context.pulse.start()
     try:
         supervision = Supervision(
-            reporter=ChannelReporter(context.sender, context.unmute),
+            reporter=ChannelReporter(context.sender, context.unmute, context.output, silent=context.joins),
             snapshots=snapshots,
             pulse=context.pulse,
             orders=context.orders,
+            joins=context.joins,
         )
         result, facts = play(main, options, context.group, supervision)
     except Halted:
-        if worker.is_first:
+        if context.group.worker.is_first:
             context.sender.send("halted")
         context.leave()
     context.is_playing = False
-    if worker.is_first:
+    context.joins = False
+    if context.group.worker.is_first:
         blob, warning = packed(result) if context.leaves else (b"", "")
         told = {"call": number, "facts": _with_settings(facts, result, options), "warning": warning}
         context.sender.send("finished", told, blob)
@@ -202,18 +206,21 @@ def _seat(context: WorkerContext, options: Options) -> Worker:
     if size > available or context.rank >= size:
         context.leave()
     context.num_seated = size
+    if not first_time:
+        return context.group.worker
     device, _ = _device_of(options.device, 0, 1)
-    return Worker(rank=context.rank, size=size, local_rank=context.rank, device=device)
+    rank, size = (0, 1) if context.joins else (context.rank, size)
+    return Worker(rank=rank, size=size, local_rank=context.rank, device=device)
 
 
-def _group(worker: Worker, shared: Any) -> Any:
-    if worker.size == 1:
+def _group(worker: Worker, context: WorkerContext) -> Any:
+    if worker.size == 1 and not context.joins:
         from samestep.core.group import Solo
 
         return Solo(worker)
     from samestep.core.arena import Arena
 
-    return Arena(worker, shared)
+    return Arena(worker, context.shared, context.give_up, context.joins)
 
 
 def _device_of(kind: str | None, local_rank: int, num_local: int) -> tuple[str, bool]:
