@@ -45,6 +45,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from samestep.core.deaths import Deaths
 from samestep.core.group import SharedMemoryGroup, WorkerLost, align, aligned_zeros
 from samestep.core.pages import WROTE, Pages
 from samestep.core.regions import Regions
@@ -126,7 +127,7 @@ class Arena(SharedMemoryGroup):
         slot: this worker's line in the control block; it stays when ranks change.
         members: slots of the workers that take part, in rank order.
         count: exchanges entered so far.
-        answered: for each slot, the deaths that the members have got over.
+        deaths: of workers of this host.
     """
 
     def __init__(
@@ -153,7 +154,7 @@ class Arena(SharedMemoryGroup):
         self._is_whole = not joins
         self._seat([self.slot] if joins else list(range(worker.size)))
         self.count = self._words[self._mine]
-        self.answered = [0] * len(handles.events)
+        self.deaths = Deaths(self._words, _WORDS + _DEATHS, _WORDS, len(handles.events))
         self._regions = Regions(handles.data)
         self._pages = Pages(self._words, self._mine + _PAGES)
         self._poll = select.poll()
@@ -179,8 +180,8 @@ class Arena(SharedMemoryGroup):
         """
         before = self.members
         while True:
-            deaths = self._deaths()
-            self._seat([slot for slot in (*before, *joining) if deaths[slot] == self.answered[slot]])
+            deaths, answered = self.deaths.counts(), self.deaths.answered
+            self._seat([slot for slot in (*before, *joining) if deaths[slot] == answered[slot]])
             memory = [self._regions.to_facts(), self._is_whole, deaths]
             told: list[Any] = []
             with contextlib.suppress(WorkerLost), self.mendable():
@@ -192,7 +193,7 @@ class Arena(SharedMemoryGroup):
                 self._lose("A worker died while this one joined.")
             joining = ()
         # Those who came last are behind the others.
-        regions, is_whole, self.answered = told[0][1]
+        regions, is_whole, self.deaths.answered = told[0][1]
         if not is_whole:
             self._lose("All workers that knew the state are gone.")
         self._regions.go_on_with(regions)
@@ -208,13 +209,8 @@ class Arena(SharedMemoryGroup):
             The values of all members.
         """
         self._is_outside = False
-        self.members, self.count, self.answered = offer["members"], offer["count"], offer["answered"]
+        self.members, self.count, self.deaths.answered = offer["members"], offer["count"], offer["answered"]
         return self.reform(None, offer["joining"])
-
-    @property
-    def misses_somebody(self) -> bool:
-        """Whether there were deaths that the members have not answered."""
-        return self._deaths() != self.answered
 
     def settle(self) -> None:
         """Take note that this worker knows all that the others know: it could go on alone."""
@@ -272,12 +268,6 @@ class Arena(SharedMemoryGroup):
             self._give_up()
         raise PeerError(why)
 
-    def _has_died(self, line: int) -> bool:
-        return self._words[line + _DEATHS] > self.answered[line // _WORDS - 1]
-
-    def _deaths(self) -> list[int]:
-        return [self._words[_WORDS * (1 + slot) + _DEATHS] for slot in range(len(self.answered))]
-
     def _round(self, message: bytes, num_rounds: int) -> tuple[list[bytes], int]:
         """Exchange messages that fit a buffer; also return the largest `num_rounds` that a worker announced."""
         words, parity = self._words, self.count & 1
@@ -330,7 +320,7 @@ class Arena(SharedMemoryGroup):
         if words[0]:
             raise PeerError("Another worker of this run is gone.")
         # In this order: a dead worker's last store came before its mark.
-        if any(self._has_died(line) and words[line] < count for line in waiting):
+        if any(self.deaths.has_died(line // _WORDS - 1) and words[line] < count for line in waiting):
             if self._num_mendable:
                 raise WorkerLost
             self._lose("Another worker of this run has died.")

@@ -86,11 +86,6 @@ class Keeper:
         return self._saved
 
     @property
-    def num_told(self) -> int:
-        """Calls that a first worker has recorded, and so what it printed before them was shown."""
-        return self._snapshots.num_calls if self._snapshots is not None else 0
-
-    @property
     def joins(self) -> bool:
         """Whether this worker is not yet a member of the run."""
         return self._newcomer is not None

@@ -55,7 +55,7 @@ def let_in(run: Joined, snapshots: Snapshots, joining: Sequence[int], last_write
     assert isinstance(run.group, Arena)
     if run.group.worker.is_first:
         group = run.group
-        facts = {"count": group.count, "members": group.members, "answered": group.answered, "joining": joining}
+        facts = {"count": group.count, "members": group.members, "answered": group.deaths.answered, "joining": joining}
         snapshots.offer({**facts, "last_write": last_write})
     run.regroup(joining)
 

@@ -76,6 +76,7 @@ class Session:
         self.num_reseeds = 0
         self.num_regroups = 0
         self._reporter = supervision.reporter
+        self._snapshots = supervision.snapshots
         self.keeper = Keeper(self, supervision)
         self.feeds: dict[Any, Feed] = {}
         self._planned: dict[str, Any] = {}
@@ -119,7 +120,7 @@ class Session:
         """
         group = self.group
         assert self.model is not None and isinstance(group, Arena)
-        before, answered = set(group.members), group.answered
+        before, answered = set(group.members), group.deaths.answered
         was_first = offer is None and self.worker.is_first
         told = group.reform(self.calls.position(), joining) if offer is None else group.join(offer)
         while True:
@@ -135,10 +136,10 @@ class Session:
         if not self.worker.is_first:
             return
         if not was_first:
-            self._reporter.take_over(self.keeper.num_told)
+            self._reporter.take_over(self._snapshots.num_calls if self._snapshots is not None else 0)
         facts = {"members": group.members, "step": self.record.num_steps}
-        if group.answered != answered:
-            dead = [slot for slot, deaths in enumerate(group.answered) if deaths and slot not in group.members]
+        if group.deaths.answered != answered:
+            dead = [slot for slot, deaths in enumerate(group.deaths.answered) if deaths and slot not in group.members]
             self._reporter.mended({**facts, "first": group.slot, "dead": dead})
         if set(group.members) - before:
             self._reporter.joined(facts)
@@ -308,5 +309,5 @@ def _counted(sentences: Counter[str]) -> list[str]:
 
 def _wishes(orders: Orders, group: Group) -> int:
     """Return what the first worker asks of all."""
-    misses = isinstance(group, Arena) and group.misses_somebody
+    misses = isinstance(group, Arena) and group.deaths.are_unanswered
     return orders.pending() | (Wish.ANSWER if misses else 0)
