@@ -15,13 +15,19 @@ from refusing import made, refused
 from test_resume import assert_resumed_is_never_stopped
 from zoo import Convolutional, Perceptron, classes_loss, images, vectors
 
+import samestep.agree.allowance as allowance
+import samestep.agree.synchronous as synchronous
+import samestep.data.proof as proof_module
+import samestep.data.shard as shard_module
+import samestep.data.source as source_module
+import samestep.loop.feed as feed_module
 import samestep.loop.step as step_module
 from samestep.core.group import Solo
 from samestep.core.randomness import seed_start
 from samestep.data.proof import Coverage, LeftOut, Proof, SampleCount
 from samestep.data.source import Source
 from samestep.data.split import Slice
-from samestep.errors import DataError, MismatchError, SettingsError
+from samestep.errors import DataError, MismatchError, SamestepError, SettingsError
 from samestep.loop.recipe import Keeping, Recipe
 from samestep.loop.run import Run
 from samestep.loop.session import Session
@@ -269,7 +275,11 @@ def test_badness_that_changes_between_two_updates_of_a_step_is_an_error(tmp_path
         play(main, 4, 1, keeping=Keeping(resume=path))
 
 
-def test_the_budget_counts_each_sample_once():
+def test_the_budget_counts_each_sample_once(tmp_path):
+    budget_counts_each_once(tmp_path)
+
+
+def budget_counts_each_once(folder) -> None:
     assert play(partial(training, rule=4, epochs=3), 4, 2).exactly_once
     words = [r"4 samples of your data could not be read", r"on_bad_sample=3", r"sample \d+: ValueError: broken file"]
     message = refused(DataError, [*words, "on_bad_sample=8"], partial(training, rule=3))
@@ -337,7 +347,11 @@ class Flaky(Samples):
         return (*(column[sample] for column in self.columns), sample, torch.rand(()))
 
 
-def test_what_fails_for_a_moment_is_read_again():
+def test_what_fails_for_a_moment_is_read_again(tmp_path):
+    reading_again_mends(tmp_path)
+
+
+def reading_again_mends(folder) -> None:
     """Same bits as if nothing had failed: a sample is bad where two tries in a row, alone, fail."""
     steady, flaky, worse = (play(partial(training, data=Flaky(images(), times), epochs=1), 4, 1) for times in (0, 1, 3))
     assert steady.as_words() == flaky.as_words()
@@ -466,7 +480,9 @@ def test_a_sample_that_gets_lost_in_a_run_is_found():
     assert not facts["samples_exactly_once"]
 
 
-def test_epochs_that_left_out_different_samples():
+def unlucky_samples_are_a_function_of_the_recipe(folder) -> None:
+    """The law: which samples are bad hangs on the recipe, also where a data set's code draws it."""
+
     class Sometimes(Samples):
         def __getitem__(self, sample):
             if torch.rand(()) < 0.03:
@@ -481,6 +497,10 @@ def test_epochs_that_left_out_different_samples():
     assert sentence.count("exactly once per epoch") > 1
 
 
+def test_epochs_may_leave_out_different_samples(tmp_path):
+    unlucky_samples_are_a_function_of_the_recipe(tmp_path)
+
+
 def test_all_but_one_sample_may_be_bad():
     data = Samples(images(), bad=[i for i in range(len(images()[0])) if i != 21])
     inline, ahead = (
@@ -488,3 +508,79 @@ def test_all_but_one_sample_may_be_bad():
     )
     assert inline.as_words() == ahead.as_words()
     assert [entry[5] for entry in inline.result[::2]].count(False) == 1
+
+
+def planned_size(old):
+    return lambda self, request, modes, losses, samples, num_left_out: old(self, request, modes, losses, samples, 0)
+
+
+def keeps_it_to_itself(old):
+    """The first worker alone tells which of its samples were bad."""
+
+    def faulty(self, request, part):
+        part.bad = part.bad if self._group.worker.is_first else ()
+        return old(self, request, part)
+
+    return faulty
+
+
+def called_at_once(old):
+    """A sample is bad that fails once."""
+
+    def faulty(ids, epoch, source, seed, seed_sample, skip_bad):
+        try:
+            return old(ids, epoch, source, seed, seed_sample, False)
+        except DataError as error:
+            bad = int(str(error).split()[1])
+            rest = faulty(ids[ids != bad], epoch, source, seed, seed_sample, skip_bad)
+            return shard_module.Shard(rest.ids, rest.batch, ((bad, "once"), *rest.bad))
+
+    return faulty
+
+
+FAULTS = {
+    "the mean is over the planned batch": (
+        synchronous.LiveSynchronous,
+        "_total",
+        planned_size,
+        is_the_mean_over_what_was_read,
+    ),
+    "a worker does not tell": (
+        synchronous.LiveSynchronous,
+        "update",
+        keeps_it_to_itself,
+        same_bits_with_bad_samples,
+    ),
+    "one try is enough": (shard_module, "_shard_of", called_at_once, reading_again_mends),
+    "samples are not seeded when they are tried": (
+        source_module.Items,
+        "read_alone",
+        lambda old: lambda self, sample, seed, epoch, seed_sample: self._item(sample),
+        unlucky_samples_are_a_function_of_the_recipe,
+    ),
+    "a sample counts again in each epoch": (
+        allowance.Allowance,
+        "_with",
+        lambda old: lambda self, data, bad: {**self._known, **{(len(self._known), s): e for s, e in bad}},
+        budget_counts_each_once,
+    ),
+    "what is left out stands for what is missing": (
+        proof_module.Proof,
+        "holds",
+        lambda old: property(lambda self: self.due.num_samples == (self.read + self.left_out.count).num_samples),
+        proof_needs_declarations,
+    ),
+    "what was left out is not committed": (
+        feed_module.Feed,
+        "commit",
+        lambda old: lambda self, batch, read, bad=(): old(self, batch, read),
+        same_bits_with_bad_samples,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_is_found(name, tmp_path):
+    owner, attribute, make, law = FAULTS[name]
+    with replaced(owner, attribute, make(owner.__dict__[attribute])), pytest.raises((AssertionError, SamestepError)):
+        law(tmp_path)
