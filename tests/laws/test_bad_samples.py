@@ -426,17 +426,23 @@ def finished(main) -> dict[str, Any]:
 
 
 def test_the_summary_names_what_was_skipped():
-    facts = finished(training)
+    facts = finished(partial(training, data=Samples(images(), bad=range(1, 8))))
     notes, num = facts["notes"], len(images()[0])
     first, second, third = (f"sample {s}: ValueError: broken file {s}" for s in (note.split()[1] for note in notes[:3]))
     assert facts["samples_exactly_once"]
     assert facts["samples_sentence"] == (
-        f"{num - 4} of {num} samples exactly once per epoch, 2 epochs; "
-        f"4 skipped ({first}; {second}; {third}; and 1 more)"
+        f"{num - 7} of {num} samples exactly once per epoch, 2 epochs; "
+        f"7 skipped ({first}; {second}; {third}; and 4 more)"
     )
     assert len(notes) == 5
     assert "and was skipped: ValueError: broken file" in notes[0]
     assert notes[4].endswith("Further ones are skipped silently.")
+
+
+def test_a_sample_is_told_once():
+    """However many epochs leave it out."""
+    notes = finished(training)["notes"]
+    assert sorted(int(note.split()[1]) for note in notes) == sorted(BAD)
 
 
 def test_the_proof_fails_where_a_sample_is_missing_and_was_not_declared_bad(tmp_path):

@@ -197,6 +197,10 @@ class LeftOut:
             self.per_epoch[epoch] += len(bad)
             self._errors.update(bad)
 
+    def new_among(self, bad: Sequence[tuple[int, str]]) -> list[tuple[int, str]]:
+        """Return those that were not noted before, in whatever epoch."""
+        return [(sample, error) for sample, error in bad if sample not in self._errors]
+
     def in_words(self) -> str:
         """Return "1 skipped (sample 17: ValueError: broken)", each sample once; empty if there are none."""
         named = [f"sample {sample}: {error}" for sample, error in list(self._errors.items())[:_NUM_NAMED]]

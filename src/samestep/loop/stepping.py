@@ -124,9 +124,9 @@ class Stepping:
         if step.pass_ == 0:
             # Here, not when the step ends: a loop may be left by `break` after its update.
             session.record.num_steps += 1
-            feed.commit(step.slice, SampleCount(*outcome.read), outcome.bad)
             if not session.replaying:
-                session.record.left_out(outcome.bad, step.number)
+                session.record.left_out(feed.left_out.new_among(outcome.bad), step.number)
+            feed.commit(step.slice, SampleCount(*outcome.read), outcome.bad)
         return outcome
 
     def read(self, batch: Slice) -> Sequence[Shard | None]:
