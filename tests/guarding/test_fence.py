@@ -41,6 +41,27 @@ def watch(member, folder, looks=40, on_look=lambda fence, look: None, hang_after
     return None
 
 
+def test_where_others_go_on_the_next_in_its_place_is_watched_anew(tmp_path):
+    fence = Fence()
+    fence.begin(1)
+    fence.seated(0, None)
+
+    def until_hung(begin):
+        member, pulse = Member(*[SLEEPING] * 4), fence.pulses.of(0)
+        for _ in range(2):
+            pulse.begin(30, 1.0, False)
+            pulse.end(1.1)
+        pulse.beat("compute")
+        looks = (fence.look(begin + look / 2, [member], str(tmp_path)) for look in range(60))
+        return next((look for look, found in enumerate(looks) if found), None)
+
+    assert until_hung(1000) == 12
+    assert fence.look(2000, [Member()], str(tmp_path)) is None
+    fence.renew(0)
+    assert fence.pulses.read(0).beats == 0
+    assert until_hung(3000) in (12, 13), "no silence of the one before is counted"
+
+
 def test_a_hung_worker_is_named_with_all_that_is_known(tmp_path):
     look, (rank, text) = watch(Member(SLEEPING, SLEEPING), tmp_path)
     assert (look, rank) == (12, 0), "5 seconds, and a second look"

@@ -4,15 +4,18 @@ There is no torch in it, so it starts at once.
 """
 
 import json
+import mmap
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from samestep.errors import PeerError, SettingsError, UsageError
+from samestep.launching.orders import Orders
 from samestep.launching.supervisor import Fleet, supervise
 
 
@@ -153,15 +156,70 @@ def never(context):
     raise AssertionError("a worker was forked")
 
 
+def survived(context, then="joins"):
+    """Worker 1 dies; the other goes on, and takes in who comes in its place."""
+    if context.rank == 1 and not context.joins:
+        while not context.snapshots.num_calls:
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if context.joins:
+        if then == "fails":
+            raise ValueError("a replacement's own error")
+        context.sender.send("ready", {"slot": context.rank, "generation": context.generation})
+        time.sleep(0 if then == "joins" else 60)
+        return
+    context.sender.send("seated", {"num_workers": context.num_forked, "can_scale": True})
+    context.snapshots.num_calls += 1
+    while not context.shared.dead[1]:
+        time.sleep(0.001)
+    context.sender.send("mended", {"first": 0, "members": [0], "dead": [1], "step": 1})
+    if then == "joins":
+        while context.orders.joiners() != (1,):
+            time.sleep(0.001)
+        context.sender.send("joined", {"members": [0, 1], "step": 2})
+        while context.orders.joiners():
+            time.sleep(0.001)
+    while then == "fails" and not Path(os.environ["TMPDIR"], "given-up").exists():
+        time.sleep(0.001)
+    context.sender.send("finished", {"pending": int(context.orders.pending())})
+
+
+def survived_alone(context):
+    survived(context, then="fails")
+
+
+def survived_and_finished_first(context):
+    survived(context, then="waits")
+
+
+class Calls:
+    """Counts calls in memory that workers share, as `Snapshots` does."""
+
+    def __init__(self):
+        self._words = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("q")
+
+    @property
+    def num_calls(self):
+        return self._words[0]
+
+    @num_calls.setter
+    def num_calls(self, count):
+        self._words[0] = count
+
+
 class Shared:
     """Something of the supervisor's that workers inherit."""
 
     def __init__(self, num_workers):
         self.num_workers = num_workers
+        self.dead = memoryview(mmap.mmap(-1, mmap.PAGESIZE))
         self._descriptor = os.memfd_create("samestep-test")
 
     def wrote_protected(self, rank):
         return False
+
+    def mark_dead(self, rank):
+        self.dead[rank] = 1
 
     def close(self):
         os.close(self._descriptor)
@@ -176,6 +234,8 @@ class Recorder:
 
     def frame(self, frame):
         self.frames.append([frame.kind, frame.info, len(frame.blob)])
+        if frame.kind == "note" and "None of" in frame.info["text"]:
+            Path(os.environ["TMPDIR"], "given-up").touch()
         if "pid" in frame.info:
             print("pid", frame.info["pid"], flush=True)
         return sum(kind == "trace" for kind, _, _ in self.frames) >= self._num_traces
@@ -191,7 +251,12 @@ def main():
     recorder = Recorder(num_traces=5)
     before = sorted(os.listdir("/proc/self/fd"))
     try:
-        outcome = supervise(Fleet(body=body, share=Shared), num_workers, recorder)
+        fleet = Fleet(body=body, share=Shared)
+        if body.__name__.startswith("survived"):
+            orders, calls = Orders(), Calls()
+            context = {"orders": orders, "snapshots": calls}
+            fleet = replace(fleet, context=context, orders=orders, snapshots=calls, survivors_go_on=True)
+        outcome = supervise(fleet, num_workers, recorder)
     except SettingsError as error:
         print(json.dumps({"settings_error": str(error)}))
         return

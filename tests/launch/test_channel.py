@@ -67,7 +67,7 @@ def test_numbers_of_numpy_become_plain_and_the_rest_text(ends):
 def test_a_reporter_speaks_the_three_words_a_run_knows(ends):
     sender, receiver = ends
     called = []
-    reporter = ChannelReporter(sender, lambda: called.append(1))
+    reporter = ChannelReporter(sender, lambda: called.append(1), lambda: None)
     reporter.progress({"step": 1})
     reporter.note("a sentence")
     reporter.trace({"step": 1, "loss": 2.0, "tensors": {}})

@@ -169,3 +169,30 @@ def _read_pids(process, count):
         assert line, lines
         lines.append(line)
     return "".join(lines)
+
+
+def notes(end):
+    return [info["text"].removeprefix("samestep: ") for kind, info, _ in end["frames"] if kind == "note"]
+
+
+def test_survivors_go_on_and_take_in_a_replacement(drive):
+    end = drive("survived", 2)
+    assert (end["code"], end["message"]) == (0, "")
+    assert notes(end) == ["Worker 1 died (SIGKILL); its replicas moved to the other workers.", "Worker 1 is back."]
+    assert ["finished", {"pending": 0}, 0] in end["frames"], "the order to join was taken back"
+    assert end["same_descriptors"]
+    assert end["children"] == ""
+
+
+def test_replacements_that_fail_are_given_up(drive):
+    end = drive("survived_alone", 2)
+    assert (end["code"], end["message"]) == (0, "")
+    assert notes(end)[1:] == ["None of 4 replacements of worker 1 came up, so the run goes on with 1 worker."]
+    assert end["same_descriptors"]
+
+
+def test_a_replacement_that_is_on_its_way_ends_with_the_run(drive):
+    end = drive("survived_and_finished_first", 2)
+    assert (end["code"], end["message"]) == (0, "")
+    assert end["children"] == ""
+    assert end["same_descriptors"]

@@ -28,6 +28,7 @@ import samestep.loop.step as step_module
 from samestep.agree.allowance import Allowance
 from samestep.agree.nonfinite import Tolerance
 from samestep.agree.synchronous import Outcome
+from samestep.core.group import Solo
 from samestep.core.randomness import seed_start
 from samestep.core.worker import Worker
 from samestep.data.source import Source
@@ -51,13 +52,11 @@ class Numbers(Source):
         return [self.first + sample for sample in ids.tolist()]
 
 
-class Turns:
+class Turns(Solo):
     """The group of one worker: knows the messages of those before it, and takes its own for those of the rest."""
 
-    shares_memory = True
-
     def __init__(self, worker: Worker, told: list[list[bytes]]):
-        self.worker = worker
+        super().__init__(worker)
         self._told = told
 
     def exchange(self, message: bytes) -> list[bytes]:

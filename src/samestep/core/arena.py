@@ -10,12 +10,20 @@ Control block, one line of 64 bytes per worker, int64 words:
     [1] [2]        length of its message in an even / odd exchange
     [3] asleep     1 while it blocks on its eventfd
     [4] [5]        what it keeps read-only, and whether it crashed by writing there (`pages`)
+    [6] dead       1 once the supervisor has seen its exit
 
 and one line before them: [0] the word that `Handles.abort` sets: a worker is gone.
 
 [Note: two message buffers]
 A worker may enter exchange k+1 while another still reads the messages of exchange k, so messages of odd and even
 exchanges have their own buffers. It cannot enter k+2 before the other has entered k+1, which it does after reading.
+
+[Note: workers that die]
+The supervisor marks a worker dead after its process is gone, so its line does not change any more. An exchange that it
+has entered is complete without it: its message lies there. The first one that it has not entered cannot be completed,
+so every survivor finds the same one, and raises `WorkerLost` (outside of `mendable()` it gives up). `reform`
+then agrees on who is left. While it is under way others may die, and be seen by some survivors only; so each tells whom
+it counts in, and all try again, one exchange later, until all tell the same.
 
 [Note: order of stores]
 A worker writes its message, then its `arrived`. x86 makes stores visible in program order. Where the CPU does not
@@ -25,22 +33,27 @@ promise this, both sides pass through a system call on the eventfd, which orders
 from __future__ import annotations
 
 import contextlib
+import json
 import mmap
 import os
 import platform
 import select
 import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
 
 import torch
 
-from samestep.core.group import SharedMemoryGroup, align
+from samestep.core.group import SharedMemoryGroup, WorkerLost, align, aligned_zeros
 from samestep.core.pages import WROTE, Pages
+from samestep.core.regions import Regions
 from samestep.core.worker import Worker
 from samestep.errors import PeerError, SettingsError
 
 _LINE = 64
 _WORDS = _LINE // 8
 _PAGES = 4
+_DEAD = 6
 _MESSAGE_BYTES = 1 << 16
 _SPIN_SECONDS = 50e-6
 _YIELD_SECONDS = 1e-3
@@ -81,6 +94,14 @@ class Handles:
         for event in self.events:
             os.eventfd_write(event, 1)
 
+    def mark_dead(self, slot: int) -> None:
+        """Tell the others that worker `slot` is gone. Call it after its exit was awaited."""
+        start = _LINE * (1 + slot) + 8 * _DEAD
+        with mmap.mmap(self.control, _control_bytes(len(self.events))) as memory:
+            memory[start : start + 8] = (1).to_bytes(8, "little")
+        for event in self.events:
+            os.eventfd_write(event, 1)
+
     def wrote_protected(self, rank: int) -> bool | None:
         """Return whether worker `rank`, which crashed, had written to memory that was read-only; None: it may have."""
         start = _LINE * (1 + rank) + 8 * _PAGES
@@ -97,31 +118,103 @@ class Handles:
 
 
 class Arena(SharedMemoryGroup):
-    """One worker's view of the shared memory of its host."""
+    """One worker's view of the shared memory of its host.
 
-    def __init__(self, worker: Worker, handles: Handles):
+    Attributes:
+        slot: this worker's line in the control block; it stays when ranks change.
+        members: slots of the workers that take part, in rank order.
+        count: exchanges entered so far.
+    """
+
+    def __init__(
+        self, worker: Worker, handles: Handles, give_up: Callable[[], NoReturn] | None = None, joins: bool = False
+    ):
         """Open the arena.
 
         Args:
             worker: this worker. Its `size` may be smaller than the number of workers the handles were made for.
             handles: as inherited from the launcher.
+            give_up: ends this process where another is lost and nobody is prepared; None raises a `PeerError`.
+            joins: the others are under way already: alone, with memory of its own, until `join`.
         """
-        self.worker = worker
         self._handles = handles
+        self._device = worker.device
+        self._give_up = give_up
+        self._num_mendable = 0
+        self.slot = worker.local_rank if joins else worker.rank
         self._block = mmap.mmap(handles.control, _control_bytes(len(handles.events)))
         self._words = memoryview(self._block).cast("q")
         self._messages = memoryview(self._block)[_messages_start(len(handles.events)) :]
-        self._lines = [_WORDS * (1 + rank) for rank in range(worker.size)]
-        self._mine = self._lines[worker.rank]
-        self._others = [line for line in self._lines if line != self._mine]
-        self._count = self._words[self._mine]
-        self._data_end = 0
-        self._maps: list[mmap.mmap] = []
+        self._mine = _WORDS * (1 + self.slot)
+        self._is_outside = joins
+        self._is_whole = not joins
+        if joins:
+            # Of the one before in this slot. The supervisor marks this one only after its own exit.
+            self._words[self._mine + _DEAD] = 0
+        self._seat([self.slot] if joins else list(range(worker.size)))
+        self.count = self._words[self._mine]
+        self._regions = Regions(handles.data)
         self._pages = Pages(self._words, self._mine + _PAGES)
         self._poll = select.poll()
-        self._poll.register(handles.events[worker.rank], select.POLLIN)
-        # More workers than cores: a spinning worker would keep the one it waits for from running.
-        self._spin_seconds = _SPIN_SECONDS if worker.size <= len(os.sched_getaffinity(0)) else 0.0
+        self._poll.register(handles.events[self.slot], select.POLLIN)
+
+    @contextlib.contextmanager
+    def mendable(self) -> Iterator[None]:
+        self._num_mendable += 1
+        try:
+            yield
+        finally:
+            self._num_mendable -= 1
+
+    def reform(self, value: Any, joining: Sequence[int] = ()) -> list[Any]:
+        """Agree on who takes part from now on, after a death or when others join. Collective.
+
+        Args:
+            value: JSON values for the others.
+            joining: slots that come in, behind the others; they call `join` at the same time.
+
+        Returns:
+            The values of all members, in rank order.
+        """
+        before = self.members
+        while True:
+            self._seat([slot for slot in (*before, *joining) if not self._is_dead(slot)])
+            memory = [self._regions.to_facts(), self._is_whole]
+            told: list[Any] = []
+            with contextlib.suppress(WorkerLost), self.mendable():
+                told = list(map(json.loads, self.exchange(json.dumps([self.members, memory, value]).encode())))
+            if told and all(members == self.members for members, _, _ in told):
+                break
+            # Who joins cannot know what the others do now, so it is left out, and comes again another time.
+            if self.slot not in before:
+                self._lose("A worker died while this one joined.")
+            joining = ()
+        # Those who came last are behind the others.
+        regions, is_whole = told[0][1]
+        if not is_whole:
+            self._lose("All workers that knew the state are gone.")
+        self._regions.go_on_with(regions)
+        return [value for _, _, value in told]
+
+    def join(self, count: int, members: Sequence[int], joining: Sequence[int]) -> list[Any]:
+        """Come in, as one of those whom the members let in with `reform(..., joining)`.
+
+        Args:
+            count: exchanges that the members have entered before it.
+            members: their slots, in rank order.
+            joining: as they give it.
+
+        Returns:
+            The values of all members.
+        """
+        self._is_outside = False
+        self.members = list(members)
+        self.count = count
+        return self.reform(None, joining)
+
+    def settle(self) -> None:
+        """Take note that this worker knows all that the others know: it could go on alone."""
+        self._is_whole = True
 
     def exchange(self, message: bytes) -> list[bytes]:
         num_rounds = 1 + max(0, len(message) - 1) // (_MESSAGE_BYTES - 1)
@@ -138,14 +231,14 @@ class Arena(SharedMemoryGroup):
             replies = [a + b for a, b in zip(replies, more, strict=True)]
         return replies
 
-    def allocate(self, num_bytes: int) -> torch.Tensor:
-        length = -(-max(num_bytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
-        start, self._data_end = self._data_end, self._data_end + length
-        if self.worker.is_first:
-            os.ftruncate(self._handles.data, self._data_end)
-        self.exchange(b"")
-        memory = mmap.mmap(self._handles.data, length, offset=start)
-        self._maps.append(memory)
+    def allocate(self, num_bytes: int, name: str = "") -> torch.Tensor:
+        if self._is_outside:
+            return aligned_zeros(num_bytes)
+        memory = self._regions.known(name, num_bytes)
+        if memory is None:
+            region = self._regions.take(name, num_bytes, makes=self.worker.is_first)
+            self.exchange(b"")
+            memory = self._regions.map(region)
         return torch.frombuffer(memory, dtype=torch.uint8)[:num_bytes]
 
     def protect(self, memory: torch.Tensor, read_only: bool) -> None:
@@ -157,28 +250,47 @@ class Arena(SharedMemoryGroup):
         self._messages.release()
         self._block.close()
         # The data maps are referred to by tensors; they go when those go.
-        self._maps.clear()
+        self._regions.close()
+
+    def _seat(self, members: list[int]) -> None:
+        """Take part with `members` from now on."""
+        rank, size = members.index(self.slot), len(members)
+        self.members = members
+        self.worker = Worker(rank=rank, size=size, device=self._device, local_rank=self.slot)
+        self._lines = [_WORDS * (1 + slot) for slot in members]
+        self._others = [line for line in self._lines if line != self._mine]
+        # More workers than cores: a spinning worker would keep the one it waits for from running.
+        self._spin_seconds = _SPIN_SECONDS if size <= len(os.sched_getaffinity(0)) else 0.0
+
+    def _lose(self, why: str) -> NoReturn:
+        """Give up: who supervises the run starts all anew."""
+        if self._give_up is not None:
+            self._give_up()
+        raise PeerError(why)
+
+    def _is_dead(self, slot: int) -> bool:
+        return bool(self._words[_WORDS * (1 + slot) + _DEAD])
 
     def _round(self, message: bytes, num_rounds: int) -> tuple[list[bytes], int]:
         """Exchange messages that fit a buffer; also return the largest `num_rounds` that a worker announced."""
-        words, parity = self._words, self._count & 1
+        words, parity = self._words, self.count & 1
         length = len(message)
         base = parity * len(self._handles.events)
         if length:
-            start = (base + self.worker.rank) * _MESSAGE_BYTES
+            start = (base + self.slot) * _MESSAGE_BYTES
             self._messages[start : start + length] = message
         words[self._mine + 1 + parity] = length | num_rounds << 32
-        self._count += 1
+        self.count += 1
         if not _ORDERED_STORES:
-            os.eventfd_write(self._handles.events[self.worker.rank], 1)
-        words[self._mine] = self._count
-        self._wait(self._count)
+            os.eventfd_write(self._handles.events[self.slot], 1)
+        words[self._mine] = self.count
+        self._wait(self.count)
         replies, most = [], 1
-        for rank, line in enumerate(self._lines):
+        for slot, line in zip(self.members, self._lines, strict=True):
             entry = words[line + 1 + parity]
             size, rounds = entry & 0xFFFFFFFF, entry >> 32
             most = rounds if rounds > most else most
-            start = (base + rank) * _MESSAGE_BYTES
+            start = (base + slot) * _MESSAGE_BYTES
             replies.append(bytes(self._messages[start : start + size]) if size else b"")
         return replies, most
 
@@ -210,19 +322,24 @@ class Arena(SharedMemoryGroup):
         words = self._words
         if words[0]:
             raise PeerError("Another worker of this run is gone.")
+        # In this order: a dead worker's last store came before its mark.
+        if any(words[line + _DEAD] and words[line] < count for line in waiting):
+            if self._num_mendable:
+                raise WorkerLost
+            self._lose("Another worker of this run has died.")
         words[self._mine + 3] = 1
         # Looked at once more after the flag is up. Should the flag still be missed, the timeout ends the nap.
         if any(words[line] < count for line in waiting) and self._poll.poll(_BLOCK_SECONDS * 1e3):
             with contextlib.suppress(BlockingIOError):
-                os.eventfd_read(self._handles.events[self.worker.rank])
+                os.eventfd_read(self._handles.events[self.slot])
         words[self._mine + 3] = 0
 
     def _wake(self) -> None:
         """Wake those who sleep, once all have arrived."""
         words = self._words
-        for rank, line in enumerate(self._lines):
+        for slot, line in zip(self.members, self._lines, strict=True):
             if words[line + 3] and line != self._mine:
-                os.eventfd_write(self._handles.events[rank], 1)
+                os.eventfd_write(self._handles.events[slot], 1)
 
 
 def _messages_start(num_workers: int) -> int:

@@ -55,6 +55,7 @@ class Buffers:
             end = stop
         self._segments = _joined(self._segments)
         self.num_bytes = end
+        self._group = group
         if not end:
             return
         device = group.worker.device
@@ -68,12 +69,17 @@ class Buffers:
             view.copy_(buffer)
             home[key] = view
             self._placed.append((home, key, view))
-        self._group = group
-        self._meeting = group.allocate(end * num_replicas)
-        runs = [run_of(w, group.worker.size, num_replicas) for w in range(group.worker.size)]
-        self._runs = [range(run.start * end, run.stop * end) for run in runs]
         self._num_replicas = num_replicas
         self._dirty = False
+        self.reseat()
+
+    def reseat(self) -> None:
+        """Let replicas' buffers meet in the group as it is now. Collective."""
+        end, size = self.num_bytes, self._group.worker.size
+        if end:
+            self._meeting = self._group.allocate(end * self._num_replicas, "buffers")
+            runs = [run_of(w, size, self._num_replicas) for w in range(size)]
+            self._runs = [range(run.start * end, run.stop * end) for run in runs]
 
     def begin_pass(self) -> None:
         """Remember the buffers that every shard of this pass starts from."""

@@ -18,6 +18,7 @@ from samestep.core.group import Group
 from samestep.errors import MismatchError
 
 _encode = json.JSONEncoder(separators=(",", ":")).encode
+_END_OF_SHARDS = "the end of `for batch in step`"
 _OWN_FOLDER = str(Path(__file__).resolve().parent.parent)
 
 
@@ -44,7 +45,7 @@ class Calls:
         Args:
             group: the workers.
             clock: takes the time spent waiting.
-            orders: what this worker is told from outside to ask of all (`Wish`, or-ed); looked at in every call.
+            orders: what the first worker is told from outside to ask of all (`Wish`, or-ed); looked at in every call.
         """
         self._group = group
         self._clock = clock
@@ -66,6 +67,14 @@ class Calls:
         found = bool(self._heard & request)
         self._heard &= ~request
         return found
+
+    def position(self) -> list[int]:
+        """Return what a worker that joins the others takes over: the number of calls, and what was heard in them."""
+        return [self.number, self._heard]
+
+    def go_to(self, position: list[int]) -> None:
+        """Take over the `position` of another worker."""
+        self.number, self._heard = position
 
     def halt(self, reason: Halted) -> NoReturn:
         """Leave the user's code by raising `reason`; should it be swallowed, every later call raises it again."""
@@ -92,7 +101,7 @@ class Calls:
             raise self._halted
         self.number += 1
         asked, self._asked = self._asked, 0
-        if self._orders is not None:
+        if self._orders is not None and self._group.worker.is_first:
             asked |= self._orders()
         self._heard |= asked
         if self._group.worker.size == 1:
@@ -103,15 +112,39 @@ class Calls:
         self._clock.to(before)
         met = []
         for rank, reply in enumerate(replies):
+            if not reply:
+                raise self._parted(kind, where, rank, self.number, _END_OF_SHARDS, "in this step")
             length, _, rest = reply.partition(b";")
             number, their_kind, their_line, their_value, their_asked = json.loads(rest[: int(length)])
             self._heard |= their_asked
             if (number, their_kind) != (self.number, kind):
-                raise MismatchError(
-                    f"Workers are at different calls: worker {self._group.worker.rank} at call {self.number}, "
-                    f"{kind} ({where}); worker {rank} at call {number}, {their_kind} ({their_line}). The script "
-                    f"took different paths. Decide by step.loss, step.mean, run.mean or run.once, which are the "
-                    f"same on every worker."
-                )
+                raise self._parted(kind, where, rank, number, their_kind, their_line)
             met.append((their_value, rest[int(length) :]))
         return met
+
+    def end_shards(self) -> None:
+        """Meet all workers where their shards of a step are done. It tells nothing, so it costs little.
+
+        Raises:
+            MismatchError, Halted: see `meet`.
+        """
+        if self._halted is not None:
+            raise self._halted
+        self.number += 1
+        if self._group.worker.size == 1:
+            return
+        before = self._clock.to("wait")
+        replies = self._group.exchange(b"")
+        self._clock.to(before)
+        for rank, reply in enumerate(replies):
+            if reply:
+                length, _, rest = reply.partition(b";")
+                number, kind, line, *_ = json.loads(rest[: int(length)])
+                raise self._parted(_END_OF_SHARDS, line_of_user(), rank, number, kind, line)
+
+    def _parted(self, kind: str, where: str, rank: int, number: int, their_kind: str, their_line: str) -> MismatchError:
+        return MismatchError(
+            f"Workers are at different calls: worker {self._group.worker.rank} at call {self.number}, {kind} "
+            f"({where}); worker {rank} at call {number}, {their_kind} ({their_line}). The script took different paths. "
+            f"Decide by step.loss, step.mean, run.mean or run.once, which are the same on every worker."
+        )

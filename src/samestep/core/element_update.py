@@ -8,7 +8,7 @@ that every worker sees: full tensors in `optimizer.state[parameter]`, of which e
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from samestep.core.group import Group
 from samestep.core.layout import Piece
 from samestep.core.memory import give_back
 from samestep.core.optimizers import bare_copy
-from samestep.core.places import Description, Slot, agree_on, make_places
+from samestep.core.places import Description, Places, Slot
 from samestep.core.update import State, Sums, Update
 from samestep.core.weights import Weights
 from samestep.storage import wire
@@ -27,13 +27,21 @@ from samestep.storage import wire
 class ElementUpdate(Update):
     """Steps a twin of the user's optimizer on the pieces this worker owns."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, weights: Weights, group: Group):
+    def __init__(self, optimizer: torch.optim.Optimizer, weights: Weights, group: Group, name: str = "state"):
         self._optimizer = optimizer
         self._weights = weights
         self._group = group
-        self._twin = bare_copy(optimizer)
-        self._group_of = {id(p): number for number, g in enumerate(optimizer.param_groups) for p in g["params"]}
-        chunks = weights.layout.chunks[group.worker.rank]
+        self._places = Places(group, name)
+        self._bare_step = _without_hooks(type(optimizer).step)
+        self._cut()
+        if optimizer.state:
+            self.load({i: dict(optimizer.state[p]) for i, p in enumerate(weights.parameters) if optimizer.state.get(p)})
+
+    def _cut(self) -> None:
+        """Cut out the pieces that this worker owns, without state."""
+        self._twin = bare_copy(self._optimizer)
+        self._group_of = {id(p): number for number, g in enumerate(self._optimizer.param_groups) for p in g["params"]}
+        chunks = self._weights.layout.chunks[self._group.worker.rank]
         self._pieces: list[list[Piece]] = [list(chunk) for chunk in chunks]
         self._shadows = [[self._shadow(piece) for piece in chunk] for chunk in chunks]
         self._pairs = [
@@ -41,12 +49,23 @@ class ElementUpdate(Update):
         ]
         self._groups = [self._group_by_settings(p, s) for p, s in zip(self._pieces, self._shadows, strict=True)]
         self._known: dict[Piece, dict[str, torch.Tensor]] = {piece: {} for chunk in chunks for piece in chunk}
-        self._places: dict[Slot, torch.Tensor] = {}
         self._states: list[tuple[dict, dict]] | None = None
         self._fused: list[FusedAdam | None] | None = None
-        self._bare_step = _without_hooks(type(self._twin).step)
-        if optimizer.state:
-            self.load({i: dict(optimizer.state[p]) for i, p in enumerate(weights.parameters) if optimizer.state.get(p)})
+
+    def reseat(self) -> None:
+        self._cut()
+        self._places.reseat()
+        keys: dict[int, list[str]] = {}
+        for parameter, key in self._places.found:
+            keys.setdefault(parameter, []).append(key)
+        for piece, shadow in self._pairs:
+            for key in keys.get(piece.parameter, ()):
+                place = self._places.found[piece.parameter, key]
+                place = _place_of(piece, place, place) if place.dim() or not piece.start else place.clone()
+                self._twin.state[shadow][key] = self._known[piece][key] = place
+        self._show(self._places.found)
+        # None may go on to an update before all have read what they take over.
+        self._group.exchange(b"")
 
     def apply(self, sums: Sums, absent: Any, factor: float) -> None:
         for index, shadows in enumerate(self._shadows):
@@ -83,7 +102,7 @@ class ElementUpdate(Update):
             self._fused = [FusedAdam.of(s, self._twin.state) if len(g) == 1 else None for s, g in pairs]
 
     def was_cleared(self) -> bool:
-        return bool(self._places) and not self._optimizer.state
+        return bool(self._places.found) and not self._optimizer.state
 
     def full_state(self) -> State:
         if self._group.shares_memory:
@@ -102,7 +121,7 @@ class ElementUpdate(Update):
         for message in self._group.exchange(wire.pack(mine)):
             for (parameter, start), state in wire.unpack(message).items():
                 parts.setdefault(parameter, {})[start] = state
-        return {parameter: self._joined(parameter, parts[parameter]) for parameter in sorted(parts)}
+        return {parameter: _joined(self._weights.views[parameter], parts[parameter]) for parameter in sorted(parts)}
 
     def load(self, state: State) -> None:
         self._twin.state.clear()
@@ -153,37 +172,24 @@ class ElementUpdate(Update):
         for piece, shadow in self._pairs:
             for key, value in self._twin.state.get(shadow, {}).items():
                 if key not in self._known[piece]:
-                    wanted[piece.parameter, key] = self._description(piece, value)
-        slots = agree_on(self._group, wanted)
-        places = make_places(self._group, slots)
+                    wanted[piece.parameter, key] = _description(self._weights.views[piece.parameter], value)
+        places = self._places.add(wanted)
         for piece, shadow in self._pairs:
             state = self._twin.state.get(shadow, {})
             for key, value in list(state.items()):
                 if (piece.parameter, key) in places and key not in self._known[piece]:
-                    place = self._place_of(piece, places[piece.parameter, key], value)
+                    place = _place_of(piece, places[piece.parameter, key], value)
                     if place is not value:
                         place.copy_(value)
                     state[key] = self._known[piece][key] = place
-        self._places.update(places)
         self._group.exchange(b"")
-        for (parameter, key), place in places.items():
-            self._optimizer.state[self._weights.parameters[parameter]][key] = place
+        self._show(places)
         give_back()  # the tensors that the optimizer made
 
-    def _description(self, piece: Piece, value: torch.Tensor) -> Description:
-        whole = self._weights.views[piece.parameter]
-        if value.dim() == 0:
-            return wire.name_of(value.dtype), (), ()
-        return wire.name_of(value.dtype), tuple(whole.shape), tuple(whole.stride())
-
-    def _place_of(self, piece: Piece, place: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Return this piece's part of a place. A number per parameter is kept by the owner of its first piece.
-
-        The other pieces have it too, and advance it alike.
-        """
-        if value.dim() == 0:
-            return place if piece.start == 0 else value
-        return _flat(place, piece.start, piece.stop)
+    def _show(self, places: Mapping[Slot, torch.Tensor]) -> None:
+        """Let the user's optimizer show whole state tensors."""
+        for (parameter, key), place in places.items():
+            self._optimizer.state[self._weights.parameters[parameter]][key] = place
 
     def _part(self, piece: Piece, value: Any) -> torch.Tensor:
         whole = self._weights.views[piece.parameter]
@@ -195,18 +201,6 @@ class ElementUpdate(Update):
         ordered = torch.empty_strided(whole.shape, whole.stride(), dtype=value.dtype, device=whole.device)
         ordered.copy_(value.reshape(whole.shape))
         return _flat(ordered, piece.start, piece.stop).clone()
-
-    def _joined(self, parameter: int, parts: dict[int, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        whole = self._weights.views[parameter]
-        state = {}
-        for key, first in parts[min(parts)].items():
-            if first.dim() == 0:
-                state[key] = first
-                continue
-            joined = torch.empty_strided(whole.shape, whole.stride(), dtype=first.dtype)
-            _flat(joined, 0, whole.numel()).copy_(torch.cat([parts[start][key] for start in sorted(parts)]))
-            state[key] = joined
-        return state
 
 
 def _suits(gradient: torch.Tensor | None, shadow: torch.Tensor) -> bool:
@@ -221,3 +215,31 @@ def _without_hooks(step: Callable) -> Callable:
 def _flat(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     """Return elements [start, stop) of a dense tensor in memory order."""
     return tensor.as_strided((stop - start,), (1,), tensor.storage_offset() + start)
+
+
+def _description(whole: torch.Tensor, value: torch.Tensor) -> Description:
+    if value.dim() == 0:
+        return wire.name_of(value.dtype), (), ()
+    return wire.name_of(value.dtype), tuple(whole.shape), tuple(whole.stride())
+
+
+def _place_of(piece: Piece, place: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Return this piece's part of a place. A number per parameter is kept by the owner of its first piece.
+
+    The other pieces have it too, and advance it alike.
+    """
+    if value.dim() == 0:
+        return place if piece.start == 0 else value
+    return _flat(place, piece.start, piece.stop)
+
+
+def _joined(whole: torch.Tensor, parts: dict[int, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    state = {}
+    for key, first in parts[min(parts)].items():
+        if first.dim() == 0:
+            state[key] = first
+            continue
+        joined = torch.empty_strided(whole.shape, whole.stride(), dtype=first.dtype)
+        _flat(joined, 0, whole.numel()).copy_(torch.cat([parts[start][key] for start in sorted(parts)]))
+        state[key] = joined
+    return state

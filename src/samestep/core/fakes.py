@@ -140,7 +140,7 @@ class _ThreadGroup(SharedMemoryGroup):
                 self._check_all_there()
         return replies
 
-    def allocate(self, num_bytes: int) -> torch.Tensor:
+    def allocate(self, num_bytes: int, name: str = "") -> torch.Tensor:
         memories = self._stage.memories
         with self._stage.condition:
             if self._num_allocated == len(memories):
@@ -184,13 +184,18 @@ class _Wrapper(Group):
         self.after("exchange", sum(len(m) for w, m in enumerate(replies) if w != self.worker.rank))
         return replies
 
-    def allocate(self, num_bytes: int) -> torch.Tensor:
-        return self.inner.allocate(num_bytes)
+    def allocate(self, num_bytes: int, name: str = "") -> torch.Tensor:
+        return self.inner.allocate(num_bytes, name)
 
     def gradient_area(
-        self, num_bytes: int, buffers_of: Sequence[int], nodes_of: Sequence[Sequence[int]], runs: Sequence[range]
+        self,
+        num_bytes: int,
+        buffers_of: Sequence[int],
+        nodes_of: Sequence[Sequence[int]],
+        runs: Sequence[range],
+        name: str = "",
     ) -> GradientArea:
-        return _WrappedArea(self.inner.gradient_area(num_bytes, buffers_of, nodes_of, runs), self)
+        return _WrappedArea(self.inner.gradient_area(num_bytes, buffers_of, nodes_of, runs, name), self)
 
     def share(self, memory: torch.Tensor, runs: Sequence[range]) -> None:
         self.before("share")

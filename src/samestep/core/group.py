@@ -12,7 +12,8 @@ the arena (one host, shared memory), `torch.distributed` (many hosts, GPUs), and
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -20,6 +21,14 @@ from samestep.core.worker import Worker
 
 ALIGNMENT = 64
 """Bytes. Every parameter, state block, gradient area and input tensor starts on a multiple of it."""
+
+
+class WorkerLost(BaseException):
+    """A worker of the group has died, and the others can go on without it.
+
+    All others raise it in the same call, the first that the dead worker did not enter. Not an error, and no
+    `except Exception` of the user's may take it for one.
+    """
 
 
 class GradientArea(ABC):
@@ -40,10 +49,17 @@ class GradientArea(ABC):
 
 
 class Group(ABC):
-    """All communication between workers."""
+    """All communication between workers.
+
+    Attributes:
+        worker: this worker. Another one after others have died or joined.
+        shares_memory: what one worker writes, all can read after the next `exchange`.
+        slot: what stays of a worker when ranks change.
+    """
 
     worker: Worker
     shares_memory: bool
+    slot = 0
 
     @abstractmethod
     def exchange(self, message: bytes) -> list[bytes]:
@@ -54,15 +70,25 @@ class Group(ABC):
         """
 
     @abstractmethod
-    def allocate(self, num_bytes: int) -> torch.Tensor:
+    def allocate(self, num_bytes: int, name: str = "") -> torch.Tensor:
         """Return `num_bytes` zero bytes on the worker's device (uint8, 64-byte aligned). Collective.
 
         Where `shares_memory` is true, every worker gets the same memory.
+
+        Args:
+            num_bytes: its length.
+            name: where workers may come and go, memory of this name and length that is there already is returned as it
+                is (not collective then); of another length, it is given up.
         """
 
     @abstractmethod
     def gradient_area(
-        self, num_bytes: int, buffers_of: Sequence[int], nodes_of: Sequence[Sequence[int]], runs: Sequence[range]
+        self,
+        num_bytes: int,
+        buffers_of: Sequence[int],
+        nodes_of: Sequence[Sequence[int]],
+        runs: Sequence[range],
+        name: str = "",
     ) -> GradientArea:
         """Make the gradient area of one optimizer. Collective.
 
@@ -71,6 +97,7 @@ class Group(ABC):
             buffers_of: number of buffers of each worker.
             nodes_of: for each worker, the buffers that hold its nodes once all its shards are folded.
             runs: for each worker, the bytes of a buffer that it owns. They are disjoint and in rank order.
+            name: see `allocate`.
         """
 
     @abstractmethod
@@ -82,6 +109,11 @@ class Group(ABC):
 
         A write then kills the worker. Does nothing where other things may lie on the same pages.
         """
+
+    @contextmanager
+    def mendable(self) -> Iterator[None]:
+        """Let calls inside raise `WorkerLost`, where a group can go on without a worker that has died."""
+        yield
 
     def close(self) -> None:  # noqa: B027
         """Give back what the group holds. The group cannot be used afterwards."""
@@ -111,8 +143,8 @@ class SharedMemoryGroup(Group):
 
     shares_memory = True
 
-    def gradient_area(self, num_bytes, buffers_of, nodes_of, runs) -> GradientArea:
-        memory = self.allocate(align(num_bytes) * sum(buffers_of))
+    def gradient_area(self, num_bytes, buffers_of, nodes_of, runs, name="") -> GradientArea:
+        memory = self.allocate(align(num_bytes) * sum(buffers_of), name)
         return _VisibleArea(memory, num_bytes, self.worker.rank, buffers_of, nodes_of, runs)
 
     def share(self, memory: torch.Tensor, runs: Sequence[range]) -> None:
@@ -128,7 +160,7 @@ class Solo(SharedMemoryGroup):
     def exchange(self, message: bytes) -> list[bytes]:
         return [message]
 
-    def allocate(self, num_bytes: int) -> torch.Tensor:
+    def allocate(self, num_bytes: int, name: str = "") -> torch.Tensor:
         return aligned_zeros(num_bytes, self.worker.device)
 
 

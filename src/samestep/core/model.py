@@ -17,7 +17,7 @@ from samestep.core.buffers import Buffers, Rule
 from samestep.core.element_update import ElementUpdate
 from samestep.core.fold import Fold, HeldFold
 from samestep.core.gradients import Gradients
-from samestep.core.group import Group
+from samestep.core.group import GradientArea, Group
 from samestep.core.guard import Guard
 from samestep.core.layout import GRANULE, PIECE, Layout, lay_out
 from samestep.core.memory import check_fits, give_back
@@ -61,45 +61,76 @@ class Trained:
         area_bytes: gradient memory of all workers of the group.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, names: Mapping[int, str], group: Group, options: Options):
+    def __init__(
+        self, number: int, optimizer: torch.optim.Optimizer, names: Mapping[int, str], group: Group, options: Options
+    ):
         """Take over `optimizer` and its parameters. Collective.
 
         Args:
+            number: of the optimizer in the run.
             optimizer: its groups must be final.
             names: name of each parameter, by id.
             group: the workers.
             options: how to replicate.
         """
         self.optimizer = optimizer
-        kind = kind_of(optimizer)
+        self._number = number
+        self._group = group
+        self._options = options
+        self._kind = kind_of(optimizer)
         parameters = list(dict.fromkeys(p for g in optimizer.param_groups for p in g["params"]))
-        shapes = [shape_of(p, divisible=kind is Kind.ELEMENT) for p in parameters]
-        size = group.worker.size
-        # An optimizer that may look at anything has one owner: the layout for one worker, others own nothing.
-        owners = 1 if kind is Kind.WHOLE else size
-        layout = _for_all(lay_out(shapes, owners, granule=GRANULE if options.threads == 1 else PIECE), size)
-        self.weights = Weights(group, [names[id(p)] for p in parameters], parameters, layout)
-        runs = [run_of(w, size, options.num_replicas) for w in range(size)]
-        scripts = [tree.script_of(run, options.num_replicas) for run in runs]
-        script, area = scripts[group.worker.rank], None
-        self.replicas = runs[group.worker.rank]
-        self.num_nodes = [len(s.nodes) for s in scripts]
-        self.area_bytes = sum(s.num_buffers for s in scripts) * layout.sum_bytes
-        if size > 1:
-            nodes = [range(count) for count in self.num_nodes]
-            area = group.gradient_area(layout.sum_bytes, self.num_nodes, nodes, layout.sum_runs)
-        self.gradients = Gradients(self.weights, script, area, options.many_arrivals)
-        if area is None:
-            self.sums: Fold | HeldFold = HeldFold(layout.chunks[0], self.gradients.held)
-        else:
-            self.sums = Fold(self.weights, group.worker.rank, area, tree.fold_order(runs, options.num_replicas))
-        self.area = area
-        made = ElementUpdate if kind is Kind.ELEMENT else WholeUpdate
-        self.update: Update = made(optimizer, self.weights, group)
+        self._shapes = [shape_of(p, divisible=self._kind is Kind.ELEMENT) for p in parameters]
+        parameter_names = [names[id(p)] for p in parameters]
+        self.weights = Weights(group, parameter_names, parameters, self._layout(), f"weights {number}")
+        self._meet()
+        made = ElementUpdate if self._kind is Kind.ELEMENT else WholeUpdate
+        self.update: Update = made(optimizer, self.weights, group, f"state {number}")
         self.stale = False
         self._held = [id(p) for group in optimizer.param_groups for p in group["params"]]
         self._load_hook = optimizer.register_load_state_dict_post_hook(self._loaded)
         self._guard_hook = optimizer.register_step_pre_hook(_refuse_step)
+
+    def reseat(self) -> None:
+        """Divide the work among the workers that the group has now. Collective."""
+        self.gradients.close()
+        self.weights.reseat(self._group, self._layout())
+        self._meet()
+        self.update.reseat()
+
+    def take_over(self, groups: Sequence[Mapping[str, Any]], numbers: Mapping[int, Mapping[str, Any]]) -> None:
+        """Take what the optimizer of a worker that joins has of its own: settings of groups, numbers in the state."""
+        for group, settings in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update(settings)
+        for index, values in numbers.items():
+            self.optimizer.state[self.weights.parameters[index]].update(values)
+        self.stale = False
+
+    def _layout(self) -> Layout:
+        # An optimizer that may look at anything has one owner: the layout for one worker, others own nothing.
+        size = self._group.worker.size
+        owners = 1 if self._kind is Kind.WHOLE else size
+        granule = GRANULE if self._options.threads == 1 else PIECE
+        return _for_all(lay_out(self._shapes, owners, granule=granule), size)
+
+    def _meet(self) -> None:
+        """Make the places where gradients are folded and meet. Collective."""
+        rank, size, num_replicas = self._group.worker.rank, self._group.worker.size, self._options.num_replicas
+        layout = self.weights.layout
+        runs = [run_of(w, size, num_replicas) for w in range(size)]
+        scripts = [tree.script_of(run, num_replicas) for run in runs]
+        self.replicas = runs[rank]
+        self.num_nodes = [len(s.nodes) for s in scripts]
+        self.area_bytes = sum(s.num_buffers for s in scripts) * layout.sum_bytes
+        self.area: GradientArea | None = None
+        if size > 1:
+            nodes = [range(count) for count in self.num_nodes]
+            name = f"gradients {self._number}"
+            self.area = self._group.gradient_area(layout.sum_bytes, self.num_nodes, nodes, layout.sum_runs, name)
+        self.gradients = Gradients(self.weights, scripts[rank], self.area, self._options.many_arrivals)
+        if self.area is None:
+            self.sums: Fold | HeldFold = HeldFold(layout.chunks[0], self.gradients.held)
+        else:
+            self.sums = Fold(self.weights, rank, self.area, tree.fold_order(runs, num_replicas))
 
     def _loaded(self, optimizer: torch.optim.Optimizer) -> None:
         self.stale = True
@@ -159,6 +190,7 @@ class Model:
             SettingsError: there is too little memory.
         """
         self._group = group
+        self._options = options
         modules = [t for t in things if isinstance(t, torch.nn.Module)]
         optimizers = [t for t in things if isinstance(t, torch.optim.Optimizer)]
         self.others = [t for t in things if not isinstance(t, torch.nn.Module | torch.optim.Optimizer)]
@@ -175,14 +207,31 @@ class Model:
             scripts = [tree.script_of(group.worker.replicas(options.num_replicas), options.num_replicas)]
             factor = 3 + group.worker.size * scripts[0].num_buffers
             check_fits(sum(p.numel() * p.element_size() for p in taken.values()) * factor, "The training state")
-        self.trained = [Trained(optimizer, names, group, options) for optimizer in optimizers]
+        self.trained = [Trained(i, o, names, group, options) for i, o in enumerate(optimizers)]
         self._frozen = self._share_frozen(names, set(taken), group)
         self.buffers = Buffers(self.modules, group, options.num_replicas, options.buffers)
-        weights = [t.weights for t in self.trained] + self._frozen
-        self.guard = Guard(modules, weights, group.worker.rank, group if options.read_only else None)
-        self._weights = weights
-        self._held = {id(p) for w in weights for p in w.parameters}
+        self._weights = [t.weights for t in self.trained] + self._frozen
+        self._held = {id(p) for w in self._weights for p in w.parameters}
+        self.guard = self._watch()
         give_back()  # the tensors that the parameters were built in
+
+    def reseat(self) -> None:
+        """Divide the work among the workers that the group has now; weights and state stay where they are. Collective.
+
+        Workers that have joined the group find them there.
+        """
+        self.guard.open()
+        for trained in self.trained:
+            trained.reseat()
+        for weights in self._frozen:
+            weights.reseat(self._group, lay_out(weights.layout.shapes, self._group.worker.size))
+        self.buffers.reseat()
+        self.guard = self._watch()
+
+    def _watch(self) -> Guard:
+        modules = [module for _, module in self.modules]
+        protector = self._group if self._options.read_only else None
+        return Guard(modules, self._weights, self._group.worker.rank, protector)
 
     def named_tensors(self) -> list[tuple[str, torch.Tensor]]:
         """Return all parameters and buffers of the modules, then parameters that only an optimizer holds."""
@@ -276,7 +325,7 @@ class Model:
         if not frozen:
             return []
         layout = lay_out([shape_of(p, divisible=False) for p in frozen.values()], group.worker.size)
-        return [Weights(group, [names[key] for key in frozen], list(frozen.values()), layout)]
+        return [Weights(group, [names[key] for key in frozen], list(frozen.values()), layout, "frozen")]
 
 
 def _check_things(modules: Sequence[Any], optimizers: Sequence[Any], others: Sequence[Any]) -> None:

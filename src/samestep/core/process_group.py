@@ -148,11 +148,16 @@ class ProcessGroup(Group):
         replies[rank] = bytes(message)
         return replies
 
-    def allocate(self, num_bytes: int) -> torch.Tensor:
+    def allocate(self, num_bytes: int, name: str = "") -> torch.Tensor:
         return aligned_zeros(num_bytes, self.worker.device)
 
     def gradient_area(
-        self, num_bytes: int, buffers_of: Sequence[int], nodes_of: Sequence[Sequence[int]], runs: Sequence[range]
+        self,
+        num_bytes: int,
+        buffers_of: Sequence[int],
+        nodes_of: Sequence[Sequence[int]],
+        runs: Sequence[range],
+        name: str = "",
     ) -> GradientArea:
         return _SentArea(self, num_bytes, buffers_of, nodes_of, runs)
 

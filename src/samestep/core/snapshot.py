@@ -5,11 +5,13 @@ as a checkpoint holds. Two memories are written in turn where there is room for 
 written leaves the other.
 
     control: [0] [1] serial number of what is in each memory, 0 while it is written | [2] calls recorded so far
+             [3] number of the newest offer to workers that join | its length | its JSON
     memory:  length of the head | head (`wire`) | tensors, each on 64 bytes
 """
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 from collections.abc import Mapping
@@ -25,6 +27,7 @@ from samestep.storage.checkpoint import Checkpoint
 
 FROM_MEMORY = Path("memory")
 """The path of a checkpoint that was never in a file."""
+_OFFER = 64
 _ROOMY = 8
 """Both memories are used where they take less than this part of what is free."""
 
@@ -34,7 +37,7 @@ class Snapshots:
 
     def __init__(self) -> None:
         self._memories = [os.memfd_create(f"samestep-snapshot-{i}", os.MFD_CLOEXEC) for i in range(2)]
-        self._control = mmap.mmap(-1, mmap.PAGESIZE)
+        self._control = mmap.mmap(-1, 16 * mmap.PAGESIZE)
         self._words = memoryview(self._control).cast("q")
         self._maps: dict[int, mmap.mmap] = {}
 
@@ -46,6 +49,18 @@ class Snapshots:
     @num_calls.setter
     def num_calls(self, count: int) -> None:
         self._words[2] = max(self._words[2], count)
+
+    def offer(self, facts: dict[str, Any]) -> None:
+        """Let workers that join know that the newest snapshot is where they come in; `facts` are JSON values."""
+        text = json.dumps(facts).encode()
+        self._words[4] = len(text)
+        self._control[_OFFER : _OFFER + len(text)] = text
+        self._words[3] += 1
+
+    def offered(self) -> tuple[int, dict[str, Any]]:
+        """Return the number of the newest offer (0: there was none), and what it said."""
+        number = self._words[3]
+        return number, json.loads(self._control[_OFFER : _OFFER + self._words[4]]) if number else {}
 
     @property
     def num_bytes(self) -> int:

@@ -47,6 +47,10 @@ class Update(ABC):
         return False
 
     @abstractmethod
+    def reseat(self) -> None:
+        """Take over what this worker owns in the group as it is now; state stays where it is. Collective."""
+
+    @abstractmethod
     def full_state(self) -> State:
         """Return all optimizer state, of all owners. Collective."""
 

@@ -68,22 +68,42 @@ class Weights:
         memory: uint8.
     """
 
-    def __init__(self, group: Group, names: Sequence[str], parameters: Sequence[torch.nn.Parameter], layout: Layout):
+    def __init__(
+        self,
+        group: Group,
+        names: Sequence[str],
+        parameters: Sequence[torch.nn.Parameter],
+        layout: Layout,
+        memory_name: str = "",
+    ):
         """Move `parameters` into memory of `group`. Collective; values are those of the first worker."""
         self.names = list(names)
         self.parameters = list(parameters)
         self.layout = layout
-        self.memory = group.allocate(layout.num_bytes)
-        writes = group.worker.is_first or not group.shares_memory
-        self.views = []
-        for parameter, offset in zip(self.parameters, layout.offsets, strict=True):
+        self._memory_name = memory_name
+        self.memory = group.allocate(layout.num_bytes, memory_name)
+        self.views: list[torch.Tensor] = []
+        self._move(writes=group.worker.is_first or not group.shares_memory)
+        group.exchange(b"")
+
+    def reseat(self, group: Group, layout: Layout) -> None:
+        """Divide the same memory among the workers that `group` has now; one that joins takes over what it holds."""
+        self.layout = layout
+        memory = group.allocate(layout.num_bytes, self._memory_name)
+        if memory.data_ptr() != self.memory.data_ptr():
+            self.memory = memory
+            self._move(writes=False)
+
+    def _move(self, writes: bool) -> None:
+        """Point the parameters into the memory, where their values are written first if `writes`."""
+        self.views.clear()
+        for parameter, offset in zip(self.parameters, self.layout.offsets, strict=True):
             view = placed(self.memory, offset, parameter.data)
             if writes:
                 view.copy_(parameter.data)
             parameter.data = view
             # A second handle on the same memory: the parameter's own version counter stays the user's alone.
             self.views.append(view.detach())
-        group.exchange(b"")
 
     def flat(self, piece: Piece) -> torch.Tensor:
         """Return the elements of `piece` in memory order, one-dimensional, sharing memory."""

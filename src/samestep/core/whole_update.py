@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from samestep.core.group import Group
-from samestep.core.places import Description, Slot, agree_on, describe, make_places
+from samestep.core.places import Description, Places, Slot, describe
 from samestep.core.update import State, Sums, Update
 from samestep.core.weights import Weights
 from samestep.storage import wire
@@ -22,17 +22,28 @@ from samestep.storage import wire
 class WholeUpdate(Update):
     """Steps the user's optimizer on the parameters this worker owns."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, weights: Weights, group: Group):
+    def __init__(self, optimizer: torch.optim.Optimizer, weights: Weights, group: Group, name: str = "state"):
         self._optimizer = optimizer
         self._weights = weights
         self._group = group
-        self._chunks = weights.layout.chunks[group.worker.rank]
-        self._owned = [piece.parameter for chunk in self._chunks for piece in chunk]
-        self._places: dict[Slot, torch.Tensor] = {}
+        self._places = Places(group, name)
+        self._cut()
         self._told: dict[Slot, Any] = {}
         self._settings: list[dict[str, Any]] = []
         if optimizer.state:
             self.load({i: dict(optimizer.state[p]) for i, p in enumerate(weights.parameters) if optimizer.state.get(p)})
+
+    def _cut(self) -> None:
+        """Take what this worker owns."""
+        self._chunks = self._weights.layout.chunks[self._group.worker.rank]
+        self._owned = [piece.parameter for chunk in self._chunks for piece in chunk]
+
+    def reseat(self) -> None:
+        self._cut()
+        self._places.reseat()
+        self._told.clear()
+        for (parameter, key), place in self._places.found.items():
+            self._optimizer.state[self._weights.parameters[parameter]][key] = place
 
     def apply(self, sums: Sums, absent: Any, factor: float) -> None:
         gradients = {}
@@ -66,7 +77,7 @@ class WholeUpdate(Update):
             for key, value in state.items():
                 slot = parameter, key
                 if isinstance(value, torch.Tensor):
-                    place = self._places.get(slot)
+                    place = self._places.found.get(slot)
                     if place is None or describe(place)[:2] != describe(value)[:2]:
                         fresh = True
                     elif place is not value:
@@ -123,16 +134,15 @@ class WholeUpdate(Update):
         wanted: dict[Slot, Description] = {}
         for parameter in self._owned:
             for key, value in self._optimizer.state.get(self._weights.parameters[parameter], {}).items():
-                if isinstance(value, torch.Tensor) and self._places.get((parameter, key)) is not value:
+                if isinstance(value, torch.Tensor) and self._places.found.get((parameter, key)) is not value:
                     dtype, shape, _ = describe(value)
                     wanted[parameter, key] = (dtype, shape, tuple(torch.empty_like(value).stride()))
-        places = make_places(self._group, agree_on(self._group, wanted))
+        places = self._places.add(wanted)
         for slot in wanted:
             places[slot].copy_(self._optimizer.state[self._weights.parameters[slot[0]]][slot[1]])
         self._group.exchange(b"")
         for (parameter, key), place in places.items():
             self._optimizer.state[self._weights.parameters[parameter]][key] = place
-        self._places.update(places)
 
     def _changed_settings(self) -> dict[int, dict[str, Any]]:
         changed = {}

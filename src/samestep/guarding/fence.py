@@ -66,6 +66,13 @@ class Fence:
         self._patience.floor = FLOOR if hang_after is None else hang_after
         self._is_on = self._patience.floor > 0
 
+    def renew(self, rank: int) -> None:
+        """A worker has ended, and the others may go on: watch them, and who comes in its place."""
+        self._patience.renew(rank)
+        self.pulses.renew(rank)
+        self._suspected = None
+        self._is_on = self._patience.floor > 0
+
     def timeout(self, other: float | None) -> float | None:
         """Return how long the supervisor may sleep, in seconds, where it would sleep for `other` (None: for ever)."""
         if not self._is_on:
@@ -105,7 +112,7 @@ class Fence:
         if found.phase == "data":
             line, loader, more = _in_loaders(member, line)
             text += more
-        # One is enough: its death ends this fleet.
+        # One is enough until it is dead, which may end this fleet.
         self._is_on = False
         seconds = self._patience.silence(found.rank)
         head = f"Worker {found.rank} (pid {member.pid}) hung {_where(found, loader)}{line and f', at {line}'}."

@@ -54,6 +54,10 @@ class Patience:
         self._seen = {}
         self._looked_at = None
 
+    def renew(self, rank: int) -> None:
+        """Another process takes the place of a worker."""
+        self._seen.pop(rank, None)
+
     def forget(self) -> None:
         """Begin with another training, whose steps may take any time."""
         self.begin()

@@ -13,6 +13,7 @@ One line of 64 bytes per worker, float64 words, written by that worker alone:
 from __future__ import annotations
 
 import mmap
+from array import array
 from dataclasses import dataclass
 
 PHASES = ("outside", "data", "compute", "wait", "update", "other")
@@ -97,6 +98,10 @@ class Pulses:
     def of(self, rank: int) -> Pulse:
         """Return a worker's side."""
         return Pulse(self._words[_WORDS * rank : _WORDS * (rank + 1)])
+
+    def renew(self, rank: int) -> None:
+        """Forget what a worker noted: another takes its place."""
+        self._words[_WORDS * rank : _WORDS * (rank + 1)] = memoryview(array("d", [0.0] * _WORDS))
 
     def read(self, rank: int, stopped: bool = False, traced: bool = False) -> Reading:
         """Return what a worker last noted, with what else is known of its process."""

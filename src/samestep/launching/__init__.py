@@ -3,7 +3,10 @@
     caller      the user's process (`python script.py`, a notebook): sends a payload, waits, gives back the result
     payload     what the workers shall run: a script by path, or a function by value
     zygote      the process that imports everything once and forks workers
-    supervisor  the same process afterwards: watches its children until all have ended
+    supervisor  the same process afterwards: watches its children until all have ended; does what is decided by
+    coordinator what becomes of a fleet: a pure state machine, with the roster of who is in it
+    events      what can happen to a fleet
+    instructions what the supervisor is told to do about it
     context     what a forked worker knows of itself
     restarts    whether a fleet that lost a worker is started again
     signals     those that end a run, collected

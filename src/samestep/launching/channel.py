@@ -107,20 +107,49 @@ def channel() -> tuple[Sender, Receiver]:
 
 
 class ChannelReporter:
-    """Gives what a run reports to the supervisor. Only the first worker of a run uses it."""
+    """Gives what a run reports to the supervisor. But for `ready`, only the first worker of a run uses it."""
 
-    def __init__(self, sender: Sender, caught_up: Callable[[], None]):
-        """Report to the other end of `sender`; `caught_up` is called in this process."""
+    def __init__(
+        self, sender: Sender, caught_up: Callable[[], None], take_over: Callable[[], None], silent: bool = False
+    ):
+        """Report to the other end of `sender`.
+
+        Args:
+            sender: the way to the supervisor.
+            caught_up: called in this process when it has caught up.
+            take_over: called in this process when it becomes the first worker.
+            silent: keep sentences back until it has caught up: the others have told them.
+        """
         self._sender = sender
-        self.caught_up = caught_up
+        self._caught_up = caught_up
+        self.take_over = take_over
+        self._is_silent = silent
 
     def progress(self, frame: dict[str, Any]) -> None:
         """Tell where the run stands: step, steps, epoch, epochs, loss, samples_per_second, logged."""
         self._sender.send("progress", frame)
 
+    def caught_up(self) -> None:
+        """Take note that this worker is where the run is."""
+        self._is_silent = False
+        self._caught_up()
+
     def note(self, text: str) -> None:
         """Pass on a sentence for the user."""
-        self._sender.send("note", {"text": text})
+        if not self._is_silent:
+            self._sender.send("note", {"text": text})
+
+    def ready(self) -> None:
+        """Tell that this worker has caught up as far as it can alone."""
+        self._sender.send("ready")
+
+    def mended(self, info: dict[str, Any]) -> None:
+        """Tell that the members go on without some: first, members, dead, step."""
+        self._sender.send("mended", info)
+
+    def joined(self, info: dict[str, Any]) -> None:
+        """Tell that others have come in: members, step."""
+        self._sender.send("joined", info)
 
     def trace(self, frame: dict[str, Any]) -> None:
         """Pass on one committed step for `samestep verify`: step, loss, tensors (name to digest)."""

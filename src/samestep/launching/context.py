@@ -20,6 +20,8 @@ class WorkerContext:
     Attributes:
         rank: index among the forked workers.
         num_forked: number of workers that were forked; a run may want fewer.
+        generation: how many workers had this rank before, in this fleet.
+        joins: it takes the place of one that died: it replays what the others have done, tells "ready" and joins them.
         sender: the way to the supervisor.
         shared: what the zygote made before forking for the workers to share; None for a lone worker.
         known: modules that the zygote had imported before.
@@ -39,6 +41,8 @@ class WorkerContext:
     rank: int
     num_forked: int
     sender: Sender
+    generation: int = 0
+    joins: bool = False
     shared: Any = None
     known: frozenset[str] = frozenset()
     pulse: Pulse | None = None

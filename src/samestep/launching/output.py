@@ -40,10 +40,25 @@ class WorkerOutput:
         self._file: BinaryIO | None = None
         # Of its own, so that the supervisor can read it without what the worker prints.
         self._stack = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  lives as long as the worker
+        self._plumbing = plumbing
         if rank > 0 or plumbing.hidden:
             self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  lives as long as the worker
+        self._open_pipes()
+
+    def again(self) -> None:
+        """In the supervisor: be the output of the next worker in this place too. What was printed stays."""
+        self._close_pipes()
+        if self._file is not None:
+            self._file.write(_content(self._stack))
+        # Workers share the position in the file with this process.
+        self._stack.seek(0)
+        self._stack.truncate()
+        self._open_pipes()
+
+    def _open_pipes(self) -> None:
+        if self._file is not None:
             return
-        for stream, wanted in ((1, plumbing.pipe_stdout), (2, plumbing.pipe_stderr)):
+        for stream, wanted in ((1, self._plumbing.pipe_stdout), (2, self._plumbing.pipe_stderr)):
             if wanted:
                 self.pipes[stream], self._targets[stream] = os.pipe()
                 os.set_blocking(self.pipes[stream], False)
@@ -94,6 +109,9 @@ class WorkerOutput:
             self._file.close()
             self._file = None
         self._stack.close()
+        self._close_pipes()
+
+    def _close_pipes(self) -> None:
         for descriptor in (*self.pipes.values(), *self._targets.values()):
             os.close(descriptor)
         self.pipes, self._targets = {}, {}

@@ -1,9 +1,12 @@
 """The zygote after forking: watches its children until all have ended, and ends them together when one fails.
 
-frames of a worker   seated, imports, progress, note, trace, finished, wants, halted, left, exit, error, done
+frames of a worker   seated, imports, progress, note, trace, finished, wants, halted, left, exit, error, done;
+                     of survivors, and who joins them: mended, lost, ready, joined
 a worker's end       told by its pidfd, so no pid is ever mistaken for another
 one failure          SIGTERM to the rest, SIGKILL half a second later
 a signal             the first lets the workers finish their step, the second ends them at once
+
+What is to be done about all this is decided in `coordinator`; here it is heard of, and carried out.
 """
 
 from __future__ import annotations
@@ -19,30 +22,27 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from samestep.core.worker import Wish
+from samestep.errors import SettingsError
 from samestep.guarding.crash import Crash
 from samestep.guarding.fence import Fence
 from samestep.guarding.stack import StackFile
+from samestep.launching import instructions as do
 from samestep.launching import zygote
 from samestep.launching.channel import Frame, channel
 from samestep.launching.context import WorkerContext
 from samestep.launching.control import Control
-from samestep.launching.failure import SETTINGS_CODE, Failure
+from samestep.launching.coordinator import Coordinator, Setup
+from samestep.launching.events import Enough, Event, Exited, Facts, Heard, Hung, Signalled, Tick
+from samestep.launching.failure import SETTINGS_CODE
 from samestep.launching.imports import Imports
 from samestep.launching.injector import Injector
 from samestep.launching.leftovers import end_orphans
 from samestep.launching.orders import Orders
 from samestep.launching.output import Plumbing, WorkerOutput, keep
-from samestep.launching.restarts import IN_VAIN, Restarts
+from samestep.launching.restarts import Restarts
 from samestep.launching.signals import signals_into
-from samestep.launching.verdict import Action, Outcome, Verdict
+from samestep.launching.verdict import Outcome
 
-_PATIENCE = 0.5
-"""Seconds between SIGTERM and SIGKILL."""
-_GRACE = 2.0
-"""Seconds that the others get to do what one worker did: leave with `sys.exit`, or tell why a peer is gone."""
-_STEP = 3.0
-"""Seconds that workers have to come to the end of their step when the run is to end."""
 _POLL = 0.002
 """Seconds between looks at whether a fault is due."""
 
@@ -65,7 +65,8 @@ class Fleet:
         body: what each worker does.
         context: facts for each worker's context, beside rank, number, sender and what is shared.
         share: makes what the workers share, given their number; the result has `close()`, and `wrote_protected(rank)`:
-            whether that worker, which has died, wrote to read-only memory (None: it may have).
+            whether that worker, which has died, wrote to read-only memory (None: it may have), and, where survivors go
+            on, `mark_dead(rank)`: tells the others that it will never come.
         plumbing: what happens to the first worker's output.
         run_folder: where the others' output goes; None keeps it only after a failure.
         snapshots: where the newest state is kept; with it, a fleet that loses a worker is started again.
@@ -73,6 +74,7 @@ class Fleet:
         injector: what strikes the workers on purpose (`samestep chaos`).
         orders: what workers are told while they run; with it, and `snapshots`, a signal lets them finish their step.
         control: where the user's commands come in.
+        survivors_go_on: workers can go on without one that has died, and take in another in its place.
     """
 
     body: zygote.Body
@@ -85,11 +87,12 @@ class Fleet:
     num_oom_kills: Callable[[], int] = int
     orders: Orders | None = None
     control: Control | None = None
+    survivors_go_on: bool = False
 
     @property
-    def can_finish(self) -> bool:
-        """Whether there is anything to keep at the end of a step: not before the run has recorded a call."""
-        return self.orders is not None and self.snapshots is not None and self.snapshots.num_calls > 0
+    def num_calls(self) -> int:
+        """Calls that the run has recorded and kept."""
+        return self.snapshots.num_calls if self.snapshots is not None else 0
 
     def scaled(self, num_workers: int) -> Fleet:
         """Return the fleet with another number of workers, whatever the script says."""
@@ -120,11 +123,11 @@ def supervise(fleet: Fleet, num_workers: int, watcher: Watcher) -> Outcome:
     received: list[int] = []
     with signals_into(received) as wake:
         while True:
-            outcome = _Supervisor(fleet, num_workers, watcher, restarts, fence, imports).run(received, wake)
-            if outcome.wants is None and not outcome.restarts:
-                return outcome
-            num_workers = outcome.wants or num_workers
-            if fleet.control is not None and outcome.wants is not None and fleet.control.scaled():
+            end = _Supervisor(fleet, num_workers, watcher, restarts, fence, imports).run(received, wake)
+            if isinstance(end, do.End):
+                return end.outcome
+            num_workers = end.num_workers
+            if fleet.control is not None and end.outcome.wants is not None and fleet.control.scaled():
                 fleet = fleet.scaled(num_workers)
                 watcher.frame(Frame("scaled", {"num_workers": num_workers}))
 
@@ -132,15 +135,15 @@ def supervise(fleet: Fleet, num_workers: int, watcher: Watcher) -> Outcome:
 class _Member:
     """One worker, seen from outside."""
 
-    def __init__(self, rank: int, plumbing: Plumbing):
+    def __init__(self, rank: int, generation: int, output: WorkerOutput):
         self.rank = rank
-        self.output = WorkerOutput(rank, plumbing)
+        self.generation = generation
+        self.output = output
         self.stack = StackFile(rank)
         self.sender, self.receiver = channel()
         self.pid = 0
         self.pidfd = -1
         self.is_alive = False
-        self.told_end = False
 
     def send_signal(self, number: int) -> None:
         if self.is_alive:
@@ -148,9 +151,9 @@ class _Member:
                 signal.pidfd_send_signal(self.pidfd, number)
 
     def close(self) -> None:
+        """Give back its descriptors, but for its output's: the next worker in its place goes on with those."""
         self.sender.close()
         self.receiver.close()
-        self.output.close()
         self.stack.close()
         if self.pidfd >= 0:
             os.close(self.pidfd)
@@ -171,16 +174,23 @@ class _Supervisor:
         self._members: list[_Member] = []
         self._shared: Any = None
         self._selector = selectors.DefaultSelector()
-        self._verdict = Verdict(num_workers)
+        setup = Setup(
+            num_workers=num_workers,
+            has_snapshots=fleet.snapshots is not None,
+            has_orders=fleet.orders is not None,
+            survivors_go_on=fleet.survivors_go_on and num_workers > 1,
+            run_folder=fleet.run_folder,
+            num_calls=fleet.num_calls,
+        )
+        self._coordinator = Coordinator(setup, restarts)
         self._signals: list[int] = []
         self._num_oom_kills = fleet.num_oom_kills()
         self._run_folder = fleet.run_folder
-        self._is_ending = False
-        self._keeps_state = True
         self._deadline: float | None = None
+        self._end: do.End | do.StartAgain | None = None
 
-    def run(self, signals: list[int], wake: socket.socket) -> Outcome:
-        """Fork, watch, and give the outcome when every process is gone and every descriptor closed.
+    def run(self, signals: list[int], wake: socket.socket) -> do.End | do.StartAgain:
+        """Fork, watch, and return how it ended when every process is gone and every descriptor closed.
 
         Args:
             signals: those that have come, and will come.
@@ -194,68 +204,134 @@ class _Supervisor:
             if self._fleet.control is not None:
                 self._on_readable(self._fleet.control, self._fleet.control.serve, self._signals)
             try:
-                self._start(shared)
-                self._watch()
+                zygote.check_one_task()
+                zygote.freeze()
+                self._fence.begin(self._num_workers)
+                if self._fleet.orders is not None:
+                    self._fleet.orders.begin()
+                for instruction in self._coordinator.begin():
+                    self._obey(instruction)
+                end = self._watch()
             finally:
                 self._end_all()
-            outcome = replace(self._verdict.outcome(), run_folder=self._run_folder)
-            if self._starts_again(outcome):
-                return replace(outcome, restarts=True)
-            if self._restarts.came_again:
-                text = "samestep: it came again after a new start, at the same place."
-                outcome = replace(outcome, message=f"{outcome.message}\n{text}")
-            elif self._restarts.in_vain:
-                text = f"samestep: the last {IN_VAIN} times the run came no further than before, so it has ended."
-                outcome = replace(outcome, message=f"{outcome.message}\n{text}")
-            return _with_output(outcome, [member.output for member in self._members], self._run_folder)
+            if end.outcome.restarts:
+                return end
+            outputs = [member.output for member in self._members]
+            return replace(end, outcome=_with_output(end.outcome, outputs, end.outcome.run_folder))
         finally:
             for member in self._members:
                 member.close()
+                member.output.close()
             self._selector.close()
             if shared is not None:
                 shared.close()
 
-    def _starts_again(self, outcome: Outcome) -> bool:
-        snapshots = self._fleet.snapshots
-        if snapshots is None or not self._keeps_state or outcome.died is None:
-            return False
-        if not self._restarts.allow(snapshots.num_calls, outcome.error):
-            return False
-        text = f"{outcome.died} All workers start again from the newest state."
-        self._watcher.frame(Frame("note", {"text": f"samestep: {text}"}))
-        return True
+    def _watch(self) -> do.End | do.StartAgain:
+        while self._end is None:
+            self._inject()
+            has_died = self._restarts.count > 0 or self._coordinator.has_died
+            trial = self._imports.due(time.monotonic(), has_died)
+            if trial is not None:
+                self._on_readable(trial, self._tried, trial)
+            timeout = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+            if self._signals:
+                # They came when the fleet before had just ended.
+                timeout = 0.0
+            if self._fleet.injector is not None:
+                timeout = _POLL if timeout is None else min(timeout, _POLL)
+            for event, _ in self._selector.select(self._fence.timeout(timeout)):
+                event.data()
+            while self._signals and self._end is None:
+                self._tell(Signalled(self._signals.pop(0)))
+            self._tell(Tick())
+            if not self._coordinator.ending.has_begun:
+                hung = self._fence.look(time.monotonic(), self._members, self._run_folder)
+                if hung is not None:
+                    rank, message = hung
+                    self._tell(Hung(rank, self._members[rank].generation, message))
+        return self._end
 
-    def _start(self, shared: Any) -> None:
-        zygote.check_one_task()
-        zygote.freeze()
-        self._fence.begin(self._num_workers)
-        if self._fleet.orders is not None:
-            self._fleet.orders.begin()
-        for rank in range(self._num_workers):
-            self._members.append(_Member(rank, self._fleet.plumbing))
-        for member in self._members:
-            context = WorkerContext(
-                rank=member.rank,
-                num_forked=self._num_workers,
-                sender=member.sender,
-                shared=shared,
-                pulse=self._fence.pulses.of(member.rank),
-                **self._fleet.context,
-            )
-            become = functools.partial(self._become, member)
-            member.pid = zygote.fork_worker(context, self._fleet.body, become)
-            member.pidfd = os.pidfd_open(member.pid)
-            member.is_alive = True
-        for member in self._members:
-            member.sender.close()
-            member.output.forked()
-            self._on_readable(member.pidfd, self._ended, member)
-            self._on_readable(member.receiver, self._hear, member)
-            for stream, pipe in member.output.pipes.items():
-                self._on_readable(pipe, self._show, member, stream)
+    def _tell(self, event: Event) -> None:
+        """Tell the coordinator what happened, and do what it wants."""
+        orders, control = self._fleet.orders, self._fleet.control
+        facts = Facts(
+            now=time.monotonic(),
+            num_calls=self._fleet.num_calls,
+            orders=orders.pending() if orders is not None else 0,
+            is_reached=orders is not None and orders.is_reached,
+            target=control.target if control is not None else None,
+        )
+        for instruction in self._coordinator.take(event, facts):
+            self._obey(instruction)
 
-    def _on_readable(self, source: Any, act: Callable[..., None], *arguments: Any) -> None:
-        self._selector.register(source, selectors.EVENT_READ, lambda: act(*arguments))
+    def _obey(self, instruction: do.Instruction) -> None:
+        orders = self._fleet.orders
+        match instruction:
+            case do.Fork(slot, generation, True):
+                self._replace(slot, generation)
+            case do.Fork(slot, generation):
+                member = _Member(slot, generation, WorkerOutput(slot, self._fleet.plumbing))
+                self._members.append(member)
+                self._fork(member, joins=False)
+            case do.Terminate(slot):
+                self._members[slot].send_signal(signal.SIGTERM)
+            case do.Kill(slot):
+                self._members[slot].send_signal(signal.SIGKILL)
+            case do.MarkDead(slot):
+                self._shared.mark_dead(slot)
+            case do.GiveOrder(wish) if orders is not None:
+                orders.give(wish)
+            case do.Join(slots) if orders is not None:
+                orders.joining(slots)
+            case do.LetEnd() if orders is not None:
+                orders.end()
+            case do.Show(frame):
+                self._show(frame)
+            case do.Note(text):
+                self._watcher.frame(Frame("note", {"text": text}))
+            case do.Learn(names):
+                self._imports.hear(names, time.monotonic())
+            case do.Watch(call, hang_after):
+                self._fence.seated(call, hang_after)
+            case do.SetDeadline(at):
+                self._deadline = at
+            case do.End() | do.StartAgain():
+                self._end = instruction
+
+    def _replace(self, slot: int, generation: int) -> None:
+        """Fork a worker in the place of one that has died. One that cannot be forked has died at once."""
+        before = self._members[slot]
+        try:
+            zygote.check_one_task()
+            zygote.freeze()
+            member = _Member(slot, generation, before.output)
+            before.close()
+            self._members[slot] = member
+            member.output.again()
+            self._fork(member, joins=True)
+        except (OSError, SettingsError):
+            self._tell(Exited(slot, generation, 0, 1 << 8))
+
+    def _fork(self, member: _Member, joins: bool) -> None:
+        context = WorkerContext(
+            rank=member.rank,
+            num_forked=self._num_workers,
+            generation=member.generation,
+            joins=joins,
+            sender=member.sender,
+            shared=self._shared,
+            pulse=self._fence.pulses.of(member.rank),
+            **self._fleet.context,
+        )
+        member.pid = zygote.fork_worker(context, self._fleet.body, functools.partial(self._become, member))
+        member.pidfd = os.pidfd_open(member.pid)
+        member.is_alive = True
+        member.sender.close()
+        member.output.forked()
+        self._on_readable(member.pidfd, self._ended, member)
+        self._on_readable(member.receiver, self._hear, member)
+        for stream, pipe in member.output.pipes.items():
+            self._on_readable(pipe, self._print, member, stream)
 
     def _become(self, me: _Member) -> None:
         """In the forked worker: keep my ends, close what belongs to the supervisor and to the others."""
@@ -265,39 +341,18 @@ class _Supervisor:
         if self._fleet.control is not None:
             self._fleet.control.abandon()
         for member in self._members:
-            member.receiver.close()
-            if member is not me:
-                member.sender.close()
-                member.stack.close()
             member.output.close()
-            if member.pidfd >= 0:
-                os.close(member.pidfd)
+            if member is me:
+                member.receiver.close()
+            else:
+                member.close()
 
-    def _watch(self) -> None:
-        while any(member.is_alive for member in self._members):
-            self._inject()
-            trial = self._imports.due(time.monotonic(), self._restarts.count > 0)
-            if trial is not None:
-                self._on_readable(trial, self._tried, trial)
-            timeout = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
-            if self._fleet.injector is not None:
-                timeout = _POLL if timeout is None else min(timeout, _POLL)
-            for event, _ in self._selector.select(self._fence.timeout(timeout)):
-                event.data()
-            while self._signals:
-                if self._is_ending:
-                    self._deadline = time.monotonic()
-                self._do(self._verdict.interrupted(self._signals.pop(0), self._fleet.can_finish))
-            if self._deadline is not None and time.monotonic() >= self._deadline:
-                self._deadline_passed()
-            hung = None if self._is_ending else self._fence.look(time.monotonic(), self._members, self._run_folder)
-            if hung is not None:
-                self._verdict.hung(*hung)
-                self._members[hung[0]].send_signal(signal.SIGKILL)
+    def _on_readable(self, source: Any, act: Callable[..., None], *arguments: Any) -> None:
+        self._selector.register(source, selectors.EVENT_READ, lambda: act(*arguments))
 
     def _inject(self) -> None:
         injector = self._fleet.injector
-        if injector is None or self._is_ending:
+        if injector is None or self._coordinator.ending.has_begun:
             return
         recovered = injector.poll(time.monotonic(), self._members)
         if recovered is not None:
@@ -307,39 +362,28 @@ class _Supervisor:
             self._watcher.frame(Frame("note", {"text": f"{text} {seconds}"}))
 
     def _hear(self, member: _Member) -> None:
+        if member is not self._members[member.rank]:
+            return
         for frame in member.receiver.frames():
-            self._do(self._take(member, frame))
+            self._tell(Heard(member.rank, member.generation, frame))
         if member.receiver.at_end:
             _forget(self._selector, member.receiver)
 
-    def _take(self, member: _Member, frame: Frame) -> Action:
-        member.told_end |= frame.kind in ("error", "exit", "done", "left")
-        if frame.kind == "error":
-            return self._verdict.failed(Failure(**frame.info))
-        if frame.kind == "exit":
-            return self._verdict.left(member.rank, frame.info)
-        if frame.kind == "wants":
-            return self._verdict.wants(frame.info["num_workers"])
-        if frame.kind == "imports":
-            self._imports.hear(frame.info["names"], time.monotonic())
-            return Action.GO_ON
-        if frame.kind == "halted":
-            return self._verdict.halted(self._fleet.control.target if self._fleet.control is not None else None)
+    def _show(self, frame: Frame) -> None:
         if frame.kind == "seated":
             self._run_folder = frame.info.get("run_folder") or self._run_folder
-            self._keeps_state = frame.info.get("keeps_state", True)
-            self._fence.seated(frame.info.get("call", 0), frame.info.get("hang_after"))
         if self._fleet.control is not None:
             self._fleet.control.hear(frame)
-        if frame.kind not in ("done", "left") and self._watcher.frame(frame):
-            return Action.END_NOW
-        return Action.GO_ON
+        if self._watcher.frame(frame):
+            self._tell(Enough())
 
     def _tried(self, trial: int) -> None:
         _forget(self._selector, trial)
         self._imports.tried()
 
-    def _show(self, member: _Member, stream: int) -> None:
+    def _print(self, member: _Member, stream: int) -> None:
+        if member is not self._members[member.rank]:
+            return
         data = member.output.read(stream)
         if data:
             self._watcher.output(stream, data)
@@ -352,53 +396,22 @@ class _Supervisor:
         member.is_alive = False
         if self._fleet.injector is not None:
             self._fleet.injector.ended(time.monotonic())
-        self._hear(member)
+        # What anybody said before it died is told before its death (see `coordinator`).
+        for other in list(self._members):
+            if other is member or other.is_alive:
+                self._hear(other)
         _forget(self._selector, member.receiver)
         for stream, pipe in member.output.pipes.items():
-            self._show(member, stream)
+            self._print(member, stream)
             _forget(self._selector, pipe)
-        if not self._is_ending:
+        crash = None
+        if not self._coordinator.ending.has_begun:
             wrote = self._shared.wrote_protected(member.rank) if self._shared is not None else False
-            by_kernel = self._fleet.num_oom_kills() > self._num_oom_kills
+            num_oom_kills = self._fleet.num_oom_kills()
+            by_kernel, self._num_oom_kills = num_oom_kills > self._num_oom_kills, num_oom_kills
             crash = Crash(dump=member.output.stack(), wrote_protected=wrote, by_kernel=by_kernel)
-            self._do(self._verdict.died(member.rank, member.pid, status, member.told_end, crash))
-            if self._verdict.has_failed and self._fleet.can_finish and not self._verdict.is_interrupted:
-                # The others start again as well: nothing of theirs is worth the wait.
-                for other in self._members:
-                    other.send_signal(signal.SIGKILL)
-
-    def _do(self, action: Action) -> None:
-        if action is Action.END_SOON and self._deadline is None:
-            self._deadline = time.monotonic() + _GRACE
-        if action is Action.FINISH and self._fleet.orders is not None and not self._is_ending:
-            self._fleet.orders.give(Wish.STOP)
-            self._deadline = time.monotonic() + _STEP
-            text = "samestep: The run ends after this step. Once more (Ctrl-C) ends it at once."
-            self._watcher.frame(Frame("note", {"text": text}))
-        if action in (Action.END_NOW, Action.END_AT_ONCE) and not self._is_ending:
-            self._is_ending = True
-            self._deadline = time.monotonic() + _PATIENCE
-            if self._fleet.orders is not None:
-                self._fleet.orders.end()
-            for member in self._members:
-                member.send_signal(signal.SIGTERM)
-        if action is Action.END_AT_ONCE:
-            self._deadline = time.monotonic()
-
-    def _deadline_passed(self) -> None:
-        orders = self._fleet.orders
-        if not self._is_ending and orders is not None and orders.is_reached and self._verdict.may_write:
-            # A large checkpoint takes as long as it takes.
-            self._deadline = None
-            text = "samestep: The checkpoint is still being written. Once more (Ctrl-C) ends the run without it."
-            self._watcher.frame(Frame("note", {"text": text}))
-            return
-        if not self._is_ending:
-            self._do(self._verdict.waited())
-            return
-        self._deadline = None
-        for member in self._members:
-            member.send_signal(signal.SIGKILL)
+            self._fence.renew(member.rank)
+        self._tell(Exited(member.rank, member.generation, member.pid, status, crash))
 
     def _end_all(self) -> None:
         """Leave no process: workers first, then what they left behind."""
@@ -408,7 +421,9 @@ class _Supervisor:
                 os.waitpid(member.pid, 0)
                 member.is_alive = False
         self._imports.close()
-        end_orphans(gently=not self._is_ending, patience=0.2 if self._verdict.is_hurried else 1.0)
+        end_orphans(
+            gently=not self._coordinator.ending.has_begun, patience=0.2 if self._coordinator.ending.is_hurried else 1.0
+        )
 
 
 def _with_output(outcome: Outcome, outputs: list[WorkerOutput], run_folder: str | None) -> Outcome:

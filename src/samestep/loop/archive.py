@@ -89,13 +89,30 @@ class Archive:
                     target.copy_(tensor)
         for number, trained in enumerate(self._model.trained):
             self._restore_optimizer(trained, facts["optimizers"][number], saved.state, f"optimizer.{number}.")
+        self._set_others(facts)
+        self._group.exchange(b"")
+        self._model.guard.accept()
+
+    def take_over(self, saved: checkpoint.Checkpoint) -> None:
+        """Set what every worker has of its own to what `saved` holds; the rest lies in the group's memory already."""
+        facts = saved.facts["model"]
+        targets = self._tensors()
+        with torch.no_grad():
+            for name, tensor in (*saved.weights.items(), *saved.state.items()):
+                target = targets.get(name)
+                if target is not None and not self._is_shared(target):
+                    target.copy_(tensor)
+        for trained, kept in zip(self._model.trained, facts["optimizers"], strict=True):
+            trained.take_over(kept["groups"], {int(i): numbers for i, numbers in kept["numbers"].items()})
+        self._set_others(facts)
+        self._model.guard.accept()
+
+    def _set_others(self, facts: Mapping[str, Any]) -> None:
         for other, state in zip(self._model.others, facts["others"], strict=True):
             other.load_state_dict(state)
         for prefix, module in self._model.modules:
             for path, extra in facts["extras"].get(prefix, {}).items():
                 module.get_submodule(path).set_extra_state(extra)
-        self._group.exchange(b"")
-        self._model.guard.accept()
 
     def _first(self, act: Callable[[], Any]) -> CheckpointError | None:
         """Let the first worker act; return on every worker the error that this ended with. Collective."""

@@ -13,6 +13,7 @@ same call, and leave at the end of the step, once the state is in files, or in m
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from samestep.core.calls import Calls, Halted, line_of_user
@@ -23,6 +24,7 @@ from samestep.core.worker import Wish
 from samestep.errors import SettingsError, StorageError
 from samestep.loop.archive import Archive
 from samestep.loop.mismatch import Conditions
+from samestep.loop.newcomer import Newcomer, let_in, who_joins
 from samestep.loop.recipe import Keeping
 from samestep.loop.record import Record
 from samestep.loop.supervision import Supervision
@@ -49,6 +51,15 @@ class Kept(Protocol):
     def archive(self) -> Archive:
         """Saves and restores the model."""
 
+    def of_first(self, kind: str, make: Callable[[], Any]) -> Any:
+        """Return on every worker what `make` gives on the first."""
+
+    def surviving(self, act: Callable[[], Any]) -> Any:
+        """Return what `act` gives, also where a worker dies meanwhile."""
+
+    def regroup(self, joining: Sequence[int] = (), offer: dict[str, Any] | None = None) -> None:
+        """Divide the work anew."""
+
 
 class Keeper:
     """One worker's side of keeping a run."""
@@ -58,6 +69,10 @@ class Keeper:
         self._run = run
         self._snapshots = snapshots = supervision.snapshots
         self._orders = supervision.orders
+        self._newcomer: Newcomer | None = None
+        if supervision.joins:
+            assert snapshots is not None
+            self._newcomer = Newcomer(run, snapshots, supervision.reporter)
         self._saved: checkpoint.Checkpoint | None = None
         self._last_write = -1
         self._snapshot_due = 0.0
@@ -68,6 +83,11 @@ class Keeper:
     def saved(self) -> checkpoint.Checkpoint | None:
         """What the run goes on from, until the script has come to the point where it was made."""
         return self._saved
+
+    @property
+    def joins(self) -> bool:
+        """Whether this worker is not yet a member of the run."""
+        return self._newcomer is not None
 
     @property
     def num_snapshot_bytes(self) -> int:
@@ -85,6 +105,9 @@ class Keeper:
         Raises:
             CheckpointError: there is no good one. MismatchError: see `Conditions.resume`.
         """
+        if self._newcomer is not None:
+            self._begin_replay(self._newcomer.first())
+            return
         if self._num_known and self._resume_after_death():
             return
         run, keeping = self._run, self._run.keeping
@@ -121,6 +144,8 @@ class Keeper:
         saved = self._saved
         if saved is None or self._run.ledger.replaying or saved.facts["made_by"] != made_by:
             return False
+        if self._newcomer is not None:
+            return self._come_in(self._newcomer)
         self._saved = None
         self._run.archive.restore(saved)
         self._run.clock.add(saved.facts["elapsed"])
@@ -144,13 +169,17 @@ class Keeper:
         stops = self._run.calls.heard(Wish.STOP)
         # Without a snapshot, another number of workers would have nothing to go on from.
         scales = self._run.calls.heard(Wish.SCALE) and self._snapshots is not None
+        joins = self._run.calls.heard(Wish.JOIN)
         if (stops or scales) and self._orders is not None and self._run.group.worker.is_first:
             self._orders.reached()
         due = last or stops or (keeping.every is not None and done % keeping.every == 0)
         if keeping.checkpoint is not None and due and done != self._last_write:
             self.write(keeping.checkpoint, "after_step", keeping.keep)
         if self._snapshots is not None:
-            self._snapshot_if_due(self._snapshots, at_once=scales and not stops)
+            joining = who_joins(self._run, self._orders) if joins and not last and not stops and not scales else []
+            self._snapshot_if_due(self._snapshots, at_once=bool(joining) or (scales and not stops))
+            if joining:
+                let_in(self._run, self._snapshots, joining, self._last_write)
         # A stop may have been ordered while the state was kept in memory.
         late = scales and not stops and self._run.calls.heard(Wish.STOP)
         if keeping.checkpoint is not None and late and done != self._last_write:
@@ -187,6 +216,19 @@ class Keeper:
             self._last_write = run.record.num_steps
             run.record.saves.worked(self._last_write, trouble)
 
+    def _come_in(self, newcomer: Newcomer) -> bool:
+        """Go on in what the members have done since, or meet them; return whether."""
+        self._saved = saved = newcomer.further()
+        if self._run.ledger.replaying:
+            return False
+        # Before the members go on: they will write to that memory again.
+        self._run.archive.take_over(saved)
+        self._run.clock.add(saved.facts["elapsed"])
+        self._last_write = newcomer.come_in()
+        self._saved = self._newcomer = None
+        self._run.record.caught_up()
+        return True
+
     def _resume_after_death(self) -> bool:
         """Begin to replay the newest snapshot, or checkpoint, of a fleet that has died; return whether there is any."""
         assert self._snapshots is not None
@@ -210,7 +252,12 @@ class Keeper:
         """Keep the state in memory if the first worker asked for it in this step; let it ask for the next step."""
         run, begin = self._run, time.perf_counter()
         if run.calls.heard(Wish.SNAPSHOT) or at_once:
-            run.archive.snapshot(snapshots, run.record.num_steps, self._facts("after_step", "run.steps (snapshot)"))
+
+            def keep() -> None:
+                facts = self._facts("after_step", "run.steps (snapshot)")
+                run.archive.snapshot(snapshots, run.record.num_steps, facts)
+
+            run.surviving(keep)
             now = time.perf_counter()
             self._snapshot_due = now + max(_SNAPSHOT_SECONDS, _SNAPSHOT_SHARE * (now - begin))
         elif run.group.worker.is_first and begin >= self._snapshot_due:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from samestep.core.clock import PHASES, Clock
+from samestep.core.group import Group
 from samestep.core.memory import pss_bytes
-from samestep.core.worker import Worker
 from samestep.loop.reporter import Reporter
 from samestep.loop.saves import Saves
 from samestep.storage.digest import tensor_digest
@@ -29,8 +29,8 @@ class Record:
         saves: what became of the checkpoints.
     """
 
-    def __init__(self, worker: Worker, reporter: Reporter, clock: Clock):
-        self._worker = worker
+    def __init__(self, group: Group, reporter: Reporter, clock: Clock):
+        self._group = group
         self._reporter = reporter
         self._clock = clock
         self._told = 0.0
@@ -51,7 +51,7 @@ class Record:
     def note(self, text: str) -> None:
         """Keep a sentence for the summary, and tell it now."""
         self.notes.append(text)
-        if self._worker.is_first:
+        if self._group.worker.is_first:
             self._reporter.note(text)
 
     def skipped(self, problem: str) -> None:
@@ -87,14 +87,14 @@ class Record:
     def progress(self, frame: dict[str, Any], last: bool = False) -> None:
         """Tell how far the run is, a few times a second."""
         now = time.monotonic()
-        if self._worker.is_first and (last or now - self._told >= _PROGRESS_SECONDS):
+        if self._group.worker.is_first and (last or now - self._told >= _PROGRESS_SECONDS):
             self._told = now
             speed = self._num_samples / self._trained_seconds if self._trained_seconds else None
             self._reporter.progress({**frame, "samples_per_second": speed, "logged": dict(self.logged)})
 
     def trace(self, step: int, loss: float, tensors: list[tuple[str, torch.Tensor]]) -> None:
         """Tell the digests of all tensors after a step."""
-        if self._worker.is_first:
+        if self._group.worker.is_first:
             digests = {name: tensor_digest(tensor) for name, tensor in tensors}
             self._reporter.trace({"step": step, "loss": loss, "tensors": digests})
 

@@ -20,6 +20,18 @@ class Reporter(Protocol):
     def caught_up(self) -> None:
         """Take note that a run which was interrupted has come to where it was: prints count again."""
 
+    def take_over(self) -> None:
+        """Take note that this worker is the first from now on: the one before it is gone."""
+
+    def ready(self) -> None:
+        """Take note that this worker, which joins a run, has caught up as far as it can alone."""
+
+    def mended(self, info: dict[str, Any]) -> None:
+        """Take note that the members go on without some: first (slot), members (slots), dead (slots), step."""
+
+    def joined(self, info: dict[str, Any]) -> None:
+        """Take note that others have come in: members (slots), step."""
+
 
 class Silent:
     """A reporter that drops everything."""
@@ -34,4 +46,16 @@ class Silent:
         """Drop it."""
 
     def caught_up(self) -> None:
+        """Drop it."""
+
+    def take_over(self) -> None:
+        """Drop it."""
+
+    def ready(self) -> None:
+        """Drop it."""
+
+    def mended(self, info: dict[str, Any]) -> None:
+        """Drop it."""
+
+    def joined(self, info: dict[str, Any]) -> None:
         """Drop it."""

@@ -18,6 +18,7 @@ from samestep.agree.synchronous import Synchronous
 from samestep.core.buffers import Rule
 from samestep.core.calls import line_of_user
 from samestep.core.model import Model, Options
+from samestep.core.worker import Worker
 from samestep.data.source import as_source
 from samestep.data.split import schedule
 from samestep.errors import UsageError
@@ -34,7 +35,7 @@ class Run:
     """One worker's view of the run.
 
     Attributes:
-        worker: this worker; for logging. Results must not depend on it.
+        worker: this worker, as it is now; for logging. Results must not depend on it.
         recipe: what the result is a function of.
         num_replicas: number of replicas.
     """
@@ -42,10 +43,13 @@ class Run:
     def __init__(self, session: Session):
         """Take what `settings` put together."""
         self._session = session
-        self.worker = session.worker
         self.recipe = session.recipe
         self.num_replicas = session.num_replicas
         self._stepping = Stepping(session)
+
+    @property
+    def worker(self) -> Worker:
+        return self._session.worker
 
     @property
     def model(self) -> Model:
@@ -107,7 +111,7 @@ class Run:
         bound = agree if agree is not None else Synchronous()
         session.agreed = bound.bind(session.model, session.group, session.calls, session.clock, tolerance, allowance)
         session.keeper.resume()
-        if session.keeping.checkpoint is not None:
+        if session.keeping.checkpoint is not None and not session.keeper.joins:
             session.archive.prepare(session.keeping.checkpoint)
 
     def steps(
@@ -282,7 +286,7 @@ class Run:
     def digest(self) -> str:
         """Return the digest of all weights and buffers, 32 hexadecimal digits. The result is recorded."""
         self._outside_shard("run.digest")
-        return self._session.recorded("digest", lambda: tensors_digest(self.model.named_tensors()))
+        return self._session.recorded("digest", lambda: tensors_digest(self.model.named_tensors()), again=True)
 
     def _evaluate(self, kind: str, fn: Callable, data: Any, batch_size: int, collate: Any) -> Any:
         self._outside_shard(f"run.{kind}")
@@ -294,7 +298,7 @@ class Run:
                 made = Evaluation(source, batch_size, self.worker, self.recipe.seed, session.num_reseeds)
                 return getattr(made, kind)(fn, session.calls, where)
 
-        result = session.recorded(kind, make, where)
+        result = session.recorded(kind, make, where, again=True)
         session.reseed()
         return result
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 
+from samestep.core.arena import Arena
 from samestep.core.calls import Calls, Halted, line_of_user
 from samestep.core.clock import Clock
-from samestep.core.group import Group
+from samestep.core.group import Group, WorkerLost
 from samestep.core.model import Model
 from samestep.core.randomness import seed_evaluation
+from samestep.core.worker import Worker
 from samestep.errors import MismatchError, StorageError, UsageError
 from samestep.loop.archive import Archive
 from samestep.loop.feed import Feed
@@ -25,6 +27,8 @@ from samestep.storage import wire
 from samestep.storage.digest import joined_digest, state_digest, tensors_digest
 from samestep.storage.ledger import Ledger
 
+T = TypeVar("T")
+
 
 class TraceEnded(Halted):
     """The steps asked for by `verify` are done."""
@@ -34,7 +38,7 @@ class Session:
     """The state of one worker's run.
 
     Attributes:
-        recipe, keeping, group, worker: as given.
+        recipe, keeping, group: as given.
         feeds: of each data set.
         keeper: writes down the state and brings it back.
         num_replicas: number of replicas.
@@ -43,6 +47,7 @@ class Session:
         agreed: the live form of how replicas agree; None until then.
         whereabouts: says in which shard the script left the loop over them; empty if in none.
         num_reseeds: calls so far after which generators were seeded anew.
+        num_regroups: how often the work was divided anew.
     """
 
     def __init__(
@@ -57,21 +62,27 @@ class Session:
         self.recipe = recipe
         self.keeping = keeping
         self.group = group
-        self.worker = group.worker
         self.num_replicas = recipe.num_replicas(group.worker.size)
         orders = supervision.orders
         self.clock = Clock(supervision.pulse)
-        self.calls = Calls(group, self.clock, orders.pending if orders is not None and self.worker.is_first else None)
+        self.calls = Calls(group, self.clock, orders.pending if orders is not None else None)
         self.ledger = Ledger()
-        self.record = Record(group.worker, supervision.reporter, self.clock)
+        self.record = Record(group, supervision.reporter, self.clock)
         self.conditions = Conditions(recipe, keeping, group.worker.device, self.record.note)
         self.model: Model | None = None
         self.agreed: Any = None
         self.whereabouts: Callable[[], str] = str
         self.num_reseeds = 0
+        self.num_regroups = 0
+        self._reporter = supervision.reporter
         self.keeper = Keeper(self, supervision)
         self.feeds: dict[Any, Feed] = {}
         self._planned: dict[str, Any] = {}
+
+    @property
+    def worker(self) -> Worker:
+        """This worker, as it is now: ranks change where others die or join."""
+        return self.group.worker
 
     @property
     def archive(self) -> Archive:
@@ -89,8 +100,58 @@ class Session:
         """Whether what happens now was reported before."""
         return self.keeper.silent
 
-    def recorded(self, kind: str, make: Callable[[], Any], where: str | None = None) -> Any:
+    def surviving(self, act: Callable[[], T]) -> T:
+        """Return what `act` gives; where a worker dies meanwhile, the others divide the work anew and do it again."""
+        while True:
+            try:
+                with self.group.mendable():
+                    return act()
+            except WorkerLost:
+                self.regroup()
+
+    def regroup(self, joining: Sequence[int] = (), offer: dict[str, Any] | None = None) -> None:
+        """Divide the work among those who are left, and who join. Collective.
+
+        Args:
+            joining: slots of workers that come in.
+            offer: in such a worker: `count`, `members` and `joining`, as `Arena.join` takes them.
+        """
+        group = self.group
+        assert self.model is not None and isinstance(group, Arena)
+        before, was_first = set(group.members), offer is None and self.worker.is_first
+        if offer is None:
+            told = group.reform(self.calls.position(), joining)
+        else:
+            told = group.join(offer["count"], offer["members"], offer["joining"])
+        while True:
+            self.calls.go_to(told[0])
+            try:
+                with group.mendable():
+                    self.model.reseat()
+                break
+            except WorkerLost:
+                told = group.reform(self.calls.position())
+        group.settle()
+        self.num_regroups += 1
+        if not self.worker.is_first:
+            return
+        if not was_first:
+            self._reporter.take_over()
+        members = set(group.members)
+        facts = {"members": group.members, "step": self.record.num_steps}
+        if gone := sorted({*before, *joining} - members):
+            self._reporter.mended({**facts, "first": group.slot, "dead": gone})
+        if members - before:
+            self._reporter.joined(facts)
+
+    def recorded(self, kind: str, make: Callable[[], Any], where: str | None = None, again: bool = False) -> Any:
         """Return what `make` gives, and record it; in a replay, what was recorded.
+
+        Args:
+            kind: what the script called.
+            make: gives the value.
+            where: the line of the script.
+            again: `make` may be called again where a worker dies meanwhile.
 
         Raises:
             MismatchError: another call was recorded here.
@@ -104,15 +165,22 @@ class Session:
                 f"The script calls run.{kind} at {where} where the checkpoint {saved.path} was made: the script "
                 f"changed. Restore it, or start anew in another folder."
             )
-        value = make()
+        value = self.surviving(make) if again else make()
         self.ledger.append(kind, where, value)
         self.keeper.took(len(self.ledger))
         return value
 
     def of_first(self, kind: str, make: Callable[[], Any]) -> Any:
         """Return on every worker what `make` gives on the first. Collective."""
-        frame = wire.pack(make()) if self.worker.is_first else b""
-        return wire.unpack(self.calls.meet(f"run.{kind}", line_of_user(), None, frame)[0][1])
+        made: list[bytes] = []
+
+        def tell() -> bytes:
+            if self.worker.is_first and not made:
+                made.append(wire.pack(make()))
+            frame = made[0] if made else b""
+            return self.calls.meet(f"run.{kind}", line_of_user(), None, frame)[0][1]
+
+        return wire.unpack(self.surviving(tell))
 
     def feed(self, data: Any, num_samples: int) -> Feed:
         """Return the feed of `data`; the same one whenever the same data is given."""
@@ -128,7 +196,8 @@ class Session:
             MismatchError: see `Conditions.check_worker_data` and `check_recorded_data`.
         """
         if not self.replaying:
-            for rank, (theirs, _) in enumerate(self.calls.meet("run.steps", line_of_user(), facts)):
+            where = line_of_user()
+            for rank, (theirs, _) in enumerate(self.surviving(lambda: self.calls.meet("run.steps", where, facts))):
                 self.conditions.check_worker_data(rank, theirs, facts)
         self.conditions.check_recorded_data(self.recorded("steps", lambda: facts), facts)
 

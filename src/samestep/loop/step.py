@@ -18,6 +18,7 @@ import torch
 
 from samestep.agree.synchronous import Outcome, Part, Request, unit_of
 from samestep.core.calls import line_of_user
+from samestep.core.group import WorkerLost
 from samestep.core.randomness import seed_shard, seed_step
 from samestep.data.loading import Shard
 from samestep.data.split import Slice, shard_bounds
@@ -118,6 +119,24 @@ class Step:
 
     def _play(self) -> Iterator[Any]:
         session = self._driver.session
+        while True:
+            yield from self._play_mine()
+            try:
+                with session.group.mendable():
+                    session.calls.end_shards()
+                break
+            except WorkerLost:
+                assert session.model is not None
+                session.model.buffers.restore()
+                session.regroup()
+            # Who is left divides the shards anew, and plays them all again.
+            self._shards = self._driver.read(self.slice)
+            self._check_bad_again(self._shards)
+        self._state = "iterated"
+
+    def _play_mine(self) -> Iterator[Any]:
+        """Yield the batch of each shard that falls to this worker now."""
+        session = self._driver.session
         model, clock = session.model, session.clock
         assert model is not None and self._shards is not None
         self._part = Part()
@@ -154,7 +173,6 @@ class Step:
             for trained in model.trained:
                 trained.gradients.end_shard()
         seed_step(self._seed, self.number)
-        self._state = "iterated"
 
     def backward(self, loss: torch.Tensor, count: float | None = None, retain_graph: bool = False) -> None:
         """Run backward for this shard; call it inside `for ... in step`.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from samestep.agree.synchronous import Outcome, Part
 from samestep.core.randomness import seed_step
 from samestep.core.whole_update import WholeUpdate
+from samestep.core.worker import Worker
 from samestep.data.proof import SampleCount
 from samestep.data.shard import Shard
 from samestep.data.split import Slice
@@ -21,6 +24,33 @@ from samestep.loop.evaluation import on_device
 from samestep.loop.feed import Feed, Reading
 from samestep.loop.session import Session
 from samestep.loop.step import Choices, Step
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """One call of `run.steps`: what it reads, and how."""
+
+    feed: Feed
+    source: Any
+    reading: Reading
+
+    def stream(
+        self, worker: Worker, slices: Iterator[Slice], ahead: deque[Slice]
+    ) -> Generator[tuple[Slice, Any], None, None]:
+        """Return what `worker` reads of `slices`, lazily; `ahead` takes what was asked for. The caller removes it."""
+
+        def taken() -> Iterator[Slice]:
+            for batch in slices:
+                ahead.append(batch)
+                yield batch
+
+        return self.feed.batches(self.source, taken(), replace(self.reading, worker=worker))
+
+    def read(self, worker: Worker, batch: Slice) -> Sequence[Shard | None]:
+        """Return what `worker` reads of one batch, now."""
+        reading = replace(self.reading, loaders=0, worker=worker)
+        ((_, shards),) = self.feed.batches(self.source, iter([batch]), reading)
+        return shards
 
 
 class Stepping:
@@ -34,9 +64,7 @@ class Stepping:
         self.session = session
         session.whereabouts = self._whereabouts
         self._step: Step | None = None
-        self._feed: Feed | None = None
-        self._source: Any = None
-        self._reading: Reading | None = None
+        self._walk: _Walk | None = None
 
     @property
     def in_shard(self) -> bool:
@@ -51,18 +79,24 @@ class Stepping:
     def walk(self, feed: Feed, source: Any, slices: Iterator[Slice], reading: Reading) -> Iterator[Step]:
         """Yield the steps of `slices`; those that a resumed run has behind it without shards."""
         session, clock = self.session, self.session.clock
-        self._source, self._reading = source, replace(reading, loaders=0)
+        walk = _Walk(feed, source, reading)
         while session.replaying:
             batch = next(slices, None)
             if batch is None:
                 session.keeper.after_step(last=True)
                 return
-            yield from self._one(feed, batch, None)
+            yield from self._one(walk, batch, None)
             session.keeper.after_step(last=False)
-        stream = feed.batches(source, slices, reading)  # reads nothing before it is asked
-        is_first = True
+        ahead: deque[Slice] = deque()
+        is_first, divided, stream = True, session.num_regroups, walk.stream(session.worker, slices, ahead)
         try:
             while True:
+                if session.num_regroups != divided:
+                    # Other replicas fall to this worker now, also of what was read ahead.
+                    stream.close()
+                    slices, divided = itertools.chain(tuple(ahead), slices), session.num_regroups
+                    ahead.clear()
+                    stream = walk.stream(session.worker, slices, ahead)
                 begin = time.perf_counter()
                 clock.begin_step(session.record.num_steps, is_first)
                 is_first = False
@@ -74,7 +108,8 @@ class Stepping:
                 if loaded is None:
                     break
                 batch, shards = loaded
-                yield from self._one(feed, batch, self._on_device(shards))
+                ahead.popleft()
+                yield from self._one(walk, batch, self._on_device(shards))
                 session.record.timed(batch.size, time.perf_counter() - begin)
                 session.keeper.after_step(last=False)
         finally:
@@ -84,8 +119,8 @@ class Stepping:
     def update(self, step: Step, part: Part, choices: Choices) -> Outcome:
         """Make one update for `step`, or give what was recorded of it."""
         session, model = self.session, self.session.model
-        feed = self._feed
-        assert model is not None and feed is not None
+        assert model is not None and self._walk is not None
+        feed = self._walk.feed
         index = _index_of([t.optimizer for t in model.trained], choices.optimizer)
         optimizer, scaler = model.trained[index].optimizer, choices.scaler
         if scaler is not None and not scaler.is_enabled():
@@ -131,19 +166,18 @@ class Stepping:
 
     def read(self, batch: Slice) -> Sequence[Shard | None]:
         """Return the shards of a batch that were not read ahead."""
-        assert self._feed is not None and self._reading is not None
-        ((_, shards),) = self._feed.batches(self._source, iter([batch]), self._reading)
-        return self._on_device(shards)
+        assert self._walk is not None
+        return self._on_device(self._walk.read(self.session.worker, batch))
 
     def ids(self, batch: Slice, start: int, stop: int) -> Any:
         """Return the sample ids at positions [start, stop) of the batch's epoch."""
-        assert self._feed is not None
-        return self._feed.order(batch.epoch).ids(start, stop)
+        assert self._walk is not None
+        return self._walk.feed.order(batch.epoch).ids(start, stop)
 
-    def _one(self, feed: Feed, batch: Slice, shards: Sequence[Shard | None] | None) -> Iterator[Step]:
+    def _one(self, walk: _Walk, batch: Slice, shards: Sequence[Shard | None] | None) -> Iterator[Step]:
         """Yield one step and see that it was updated."""
         seed_step(self.session.recipe.seed, batch.number)
-        self._feed = feed
+        self._walk = walk
         self._step = step = Step(self, batch, shards)
         yield step
         if not step.updated:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,6 +20,9 @@ class Orders(Protocol):
     def reached(self) -> None:
         """Take note that the workers have come to the end of a step, and carry the orders out."""
 
+    def joiners(self) -> Sequence[int]:
+        """Return the slots of workers that are ready and shall be taken in."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Supervision:
@@ -29,9 +33,11 @@ class Supervision:
         snapshots: where the newest state is kept outside of the workers, or None.
         pulse: where the worker shows that it makes progress, or None.
         orders: what the supervisor wants of the run, or None.
+        joins: this worker takes the place of one that has died, in a run that is under way.
     """
 
     reporter: Reporter = field(default_factory=Silent)
     snapshots: Snapshots | None = None
     pulse: Pulse | None = None
     orders: Orders | None = None
+    joins: bool = False

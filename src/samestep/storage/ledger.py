@@ -159,6 +159,11 @@ class Ledger:
         self._site_of.extend(codes[site_of].tolist())
         self._end_of.extend((end_of + np.uint64(start)).tolist())
 
+    def go_on_in(self, longer: Ledger) -> Ledger:
+        """Return `longer`, another record of the same run, to be replayed from where this one has come to."""
+        longer._num_replayed = self._num_replayed
+        return longer
+
     def _site_code(self, site: tuple[str, str]) -> int:
         code = self._site_codes.setdefault(site, len(self._sites))
         if code == len(self._sites):
