@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import random
 import sys
 from collections.abc import Callable
@@ -44,8 +42,8 @@ import samestep.data.source as source
 import samestep.loop.archive as archive
 import samestep.loop.evaluation as evaluation
 import samestep.loop.feed as feed
-import samestep.loop.keeper as keeper
 import samestep.loop.step as step_module
+import samestep.storage.ledger as ledger
 from samestep.core.buffers import Buffers
 from samestep.core.randomness import key
 from samestep.data.split import shard_bounds
@@ -364,14 +362,10 @@ def drops_last_batch(old):
     return faulty
 
 
-def keeps_old_position(old):
-    def faulty(self, made_by):
-        saved = self._saved
-        if saved is not None:
-            facts = copy.copy(saved.facts)
-            facts["reads"] = [{"num_samples": 0, "hash": 0} for _ in facts["reads"]]
-            self._saved = dataclasses.replace(saved, facts=facts)
-        return old(self, made_by)
+def forgets_what_was_read(old):
+    def faulty(self, kind, where):
+        value = old(self, kind, where)
+        return [*value[:5], [0, 0], *value[6:]] if kind == "update" else value
 
     return faulty
 
@@ -426,7 +420,7 @@ FAULTS = {
     ),
     "data: shards begin too late": Fault(feed, "shard_bounds", one_too_far, samples),
     "data: epochs begin anew": Fault(proof.Coverage, "next_epoch", always_from_zero, same_bits_of("epochs_one_by_one")),
-    "data: what was read is forgotten at a resume": Fault(keeper.Keeper, "reach", keeps_old_position, resumed),
+    "data: what was read is forgotten at a resume": Fault(ledger.Ledger, "next", forgets_what_was_read, resumed),
     "ownership: a block is nobody's": Fault(layout, "_pieces", first_block_is_nobodys, same_bits("perceptron", "sgd")),
     "ownership: a block has two owners": Fault(layout, "_pieces", a_block_has_two_owners, every_element_has_one_owner),
     "ownership: a block is updated twice": Fault(

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from samestep.agree.allowance import Allowance, Bad
 from samestep.agree.nonfinite import Tolerance
 from samestep.core.calls import Calls
 from samestep.core.clock import Clock
@@ -51,6 +52,7 @@ class Part:
         means: (replica, value) of each number named in `step.mean`.
         changed: replicas whose buffers changed.
         read: how many samples were read for this step, and the sum of their hashes (`data.proof.SampleCount`).
+        bad: samples of its shards that could not be read, and were left out.
     """
 
     losses: list[tuple[int, float, float]] = field(default_factory=list)
@@ -59,6 +61,7 @@ class Part:
     means: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     changed: list[int] = field(default_factory=list)
     read: tuple[int, int] = (0, 0)
+    bad: Bad = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +76,8 @@ class Request:
         scaled: whether a GradScaler is in use, so that an overflow skips the update.
         transform: applied to each whole gradient before clipping, or None.
         seeds: what randomness in a transform depends on: (seed, step, pass).
-        num_samples: samples of the batch.
+        num_samples: samples of the batch, bad ones included.
+        data: number of the data set in the run.
         describe: (replica) -> words that name the shard, for messages.
     """
 
@@ -85,6 +89,7 @@ class Request:
     transform: Transform | None
     seeds: tuple[int, int, int]
     num_samples: int
+    data: int
     describe: Callable[[int], str]
 
 
@@ -93,12 +98,13 @@ class Outcome:
     """What an update gives back, the same on every worker.
 
     Attributes:
-        loss: weighted mean over the batch.
+        loss: weighted mean over the batch; NaN if every sample was left out.
         grad_norm: global norm before clipping; None if it was not asked for.
         means: weighted mean of each named number.
-        skipped: whether the weights stayed: a scaled gradient overflowed, or there was a problem.
+        skipped: whether the weights stayed: a scaled gradient overflowed, there was a problem, or nothing was read.
         problem: what was not finite, if the update was skipped for it; else empty.
         read: how many samples all workers read for it, and the sum of their hashes modulo 2**64.
+        bad: samples that were left out, in the order of the batch.
     """
 
     loss: float
@@ -107,6 +113,7 @@ class Outcome:
     skipped: bool
     problem: str = ""
     read: tuple[int, int] = (0, 0)
+    bad: Bad = ()
 
 
 @dataclass(frozen=True)
@@ -146,10 +153,18 @@ class Synchronous:
     """All replicas agree at every step. The default."""
 
     def bind(
-        self, model: Model, group: Group, calls: Calls, clock: Clock, tolerance: Tolerance | None = None
+        self,
+        model: Model,
+        group: Group,
+        calls: Calls,
+        clock: Clock,
+        tolerance: Tolerance | None = None,
+        allowance: Allowance | None = None,
     ) -> LiveSynchronous:
-        """Return the live form for one worker; without a tolerance it stops at what is not finite."""
-        return LiveSynchronous(model, group, calls, clock, tolerance if tolerance is not None else Tolerance("stop"))
+        """Return the live form for one worker; it stops at what is not finite, and at bad samples, unless told."""
+        tolerance = tolerance if tolerance is not None else Tolerance("stop")
+        allowance = allowance if allowance is not None else Allowance("stop")
+        return LiveSynchronous(model, group, calls, clock, tolerance, allowance)
 
 
 class LiveSynchronous:
@@ -157,20 +172,25 @@ class LiveSynchronous:
 
     Attributes:
         tolerance: what becomes of updates that are not finite.
+        allowance: what becomes of samples that cannot be read.
     """
 
-    def __init__(self, model: Model, group: Group, calls: Calls, clock: Clock, tolerance: Tolerance):
+    def __init__(
+        self, model: Model, group: Group, calls: Calls, clock: Clock, tolerance: Tolerance, allowance: Allowance
+    ):
         self._model = model
         self._group = group
         self._calls = calls
         self._clock = clock
         self.tolerance = tolerance
+        self.allowance = allowance
 
     def update(self, request: Request, part: Part) -> Outcome:
         """Make one update, or skip it. Collective.
 
         Raises:
             EditedWeightsError: weights were changed outside of it.
+            DataError: more samples were left out than are allowed.
             NonFiniteError: a loss or gradient is NaN or infinite, and the update may not be skipped.
             UsageError, MismatchError: the workers' parts do not fit together.
         """
@@ -179,7 +199,7 @@ class LiveSynchronous:
         alone = self._group.worker.size == 1
         optimizer = request.optimizer, 0 if alone else fingerprint(trained.optimizer)
         terms: list[Any] = [*optimizer, request.clip_norm, request.scale, request.transform is not None]
-        terms += [request.seeds[1], request.num_samples, self.tolerance.rule]
+        terms += [request.seeds[1], request.num_samples, self.tolerance.rule, self.allowance.rule]
         bad = [[trained.replicas[shard], *which] for shard, *which in trained.gradients.not_finite()]
         seen = [bad, trained.gradients.finite.huge]
         value = [
@@ -191,6 +211,7 @@ class LiveSynchronous:
             part.changed,
             seen,
             part.read,
+            part.bad,
         ]
         met = self._calls.meet("step.update", request.where, value, presence or b"")
         self._clock.to("update")
@@ -198,9 +219,17 @@ class LiveSynchronous:
         self._check_terms(request, [v[0] for v, _ in met])
         losses = sorted((entry for v, _ in met for entry in v[1]))
         samples = {replica: count for v, _ in met for replica, count in v[3]}
-        total, counted = self._total(request, [v[2] for v, _ in met], losses, samples)
+        left_out = [(sample, error) for v, _ in met for sample, error in v[8]]
+        self.allowance.check(request.data, left_out)
+        read = sum(v[7][0] for v, _ in met), sum(v[7][1] for v, _ in met) & _HASH_MASK
         trained.reload_if_stale()
-        factor = unit_of(request.num_samples) / (total * request.scale) if counted else 1.0 / request.scale
+        if len(left_out) == request.num_samples:
+            self._model.buffers.restore()
+            return Outcome(math.nan, None if request.clip_norm is None else math.nan, {}, True, "", read, left_out)
+        total, counted = self._total(request, [v[2] for v, _ in met], losses, samples, len(left_out))
+        # Shards were scaled for the batch as it was planned; what was left out of it counts for nothing.
+        unit = unit_of(request.num_samples)
+        factor = unit / (total * request.scale) if counted else request.num_samples / total / request.scale
         reduced = None
         problem = None if request.scaled else _problem(request, trained, losses, [b for v, _ in met for b in v[6][0]])
         if problem is None:
@@ -220,8 +249,7 @@ class LiveSynchronous:
         means = {name: _mean(met, name, weights) for name in sorted({n for v, _ in met for n in v[4]})}
         norm = None if request.clip_norm is None else reduced.norm if reduced is not None else math.nan
         words = problem.words if problem is not None and not request.scaled else ""
-        read = sum(v[7][0] for v, _ in met), sum(v[7][1] for v, _ in met) & _HASH_MASK
-        return Outcome(loss, norm, means, problem is not None, words, read)
+        return Outcome(loss, norm, means, problem is not None, words, read, left_out)
 
     def _check_terms(self, request: Request, terms: Sequence[list]) -> None:
         if all(theirs == terms[0] for theirs in terms):
@@ -236,6 +264,7 @@ class LiveSynchronous:
             "step number",
             f"batch size (here {request.num_samples})",
             f"nonfinite (here {self.tolerance.rule!r})",
+            f"on_bad_sample (here {self.allowance.rule!r})",
         )
         for rank, theirs in enumerate(terms):
             differing = [name for name, a, b in zip(names, terms[0], theirs, strict=True) if a != b]
@@ -246,7 +275,7 @@ class LiveSynchronous:
                 )
 
     def _total(
-        self, request: Request, modes: Sequence, losses: Sequence, samples: dict[int, int]
+        self, request: Request, modes: Sequence, losses: Sequence, samples: dict[int, int], num_left_out: int
     ) -> tuple[float, bool]:
         """Return what the sum of weighted losses is divided by, and whether items were counted by the user."""
         given = {mode for mode in modes if mode is not None}
@@ -266,7 +295,7 @@ class LiveSynchronous:
             if not total > 0:
                 raise UsageError(f"At {request.where} count= adds up to {total} over the batch; it must be above 0.")
             return total, True
-        return float(request.num_samples), False
+        return float(request.num_samples - num_left_out), False
 
     def _reduce(self, trained: Trained, request: Request, absent: Absent, factor: float, huge: bool) -> Reduced:
         """Transform and measure the gradients, as far as asked for, and see that what comes of them is finite."""

@@ -57,13 +57,16 @@ class Loader:
     by the kernel when the worker dies.
     """
 
-    def __init__(self, source: Source, seed: int, seed_sample: SeedSample):
+    def __init__(self, source: Source, seed: int, seed_sample: SeedSample, skip_bad: bool = False):
         self._owner = os.getpid()
         self._asked: deque[Request] = deque()
         context = multiprocessing.get_context("fork")
         self._connection, far_end = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(far_end, source, seed, seed_sample, self._owner), daemon=True, name="samestep-loader"
+            target=_serve,
+            args=(far_end, source, self._owner, seed, seed_sample, skip_bad),
+            daemon=True,
+            name="samestep-loader",
         )
         try:
             with warnings.catch_warnings():
@@ -147,7 +150,9 @@ def _all_ids(request: Request) -> np.ndarray:
     return np.concatenate([np.empty(0, dtype=np.int64), *request.ids])
 
 
-def _serve(connection: Connection, source: Source, seed: int, seed_sample: SeedSample, owner: int) -> None:
+def _serve(
+    connection: Connection, source: Source, owner: int, seed: int, seed_sample: SeedSample, skip_bad: bool
+) -> None:
     _die_with(owner)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -158,7 +163,7 @@ def _serve(connection: Connection, source: Source, seed: int, seed_sample: SeedS
         except _GONE:
             return
         try:
-            send(connection, shards_of(request, source, seed, seed_sample))
+            send(connection, shards_of(request, source, seed, seed_sample, skip_bad))
         except _GONE:
             return
         except DataError as error:

@@ -10,7 +10,7 @@ reached.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 
 from samestep.data.loader import Loader
 from samestep.data.shard import Request, Shard, shards_of
@@ -23,7 +23,13 @@ _AHEAD = 2
 
 
 def load(
-    source: Source, requests: Iterable[Request], *, loaders: int = 0, seed: int, seed_sample: SeedSample
+    source: Source,
+    requests: Iterable[Request],
+    *,
+    loaders: int = 0,
+    seed: int,
+    seed_sample: SeedSample,
+    skip_bad: bool = False,
 ) -> Generator[list[Shard | None], None, None]:
     """Return an iterator over the shards of each request, lazily; an empty shard is None.
 
@@ -36,6 +42,7 @@ def load(
         loaders: number of loader processes; 0 reads in this process, when asked.
         seed: the run's seed.
         seed_sample: seeds the global generators from (seed, epoch, sample id).
+        skip_bad: leave out samples that cannot be read; their shards tell which.
 
     Raises:
         SettingsError: `loaders` is not a whole number, 0 or more.
@@ -44,12 +51,12 @@ def load(
     if not isinstance(loaders, int) or isinstance(loaders, bool) or loaders < 0:
         raise SettingsError(f"You set loaders={loaders!r}; it must be a number of processes, 0 (read in line) or more.")
     if loaders == 0:
-        return (shards_of(request, source, seed, seed_sample) for request in requests)
-    return _ahead(requests, loaders, source, seed, seed_sample)
+        return (shards_of(request, source, seed, seed_sample, skip_bad) for request in requests)
+    return _ahead(requests, loaders, lambda: Loader(source, seed, seed_sample, skip_bad))
 
 
 def _ahead(
-    requests: Iterable[Request], num_loaders: int, source: Source, seed: int, seed_sample: SeedSample
+    requests: Iterable[Request], num_loaders: int, make_loader: Callable[[], Loader]
 ) -> Generator[list[Shard | None], None, None]:
     upcoming = _Upcoming(requests)
     loaders: list[Loader] = []
@@ -63,7 +70,7 @@ def _ahead(
 
     try:
         for _ in range(num_loaders):
-            loaders.append(Loader(source, seed, seed_sample))
+            loaders.append(make_loader())
         fill()
         while under_way:
             shards = under_way.popleft().answer()

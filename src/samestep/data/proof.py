@@ -9,8 +9,8 @@ the sum; order and grouping do not. It guards against mistakes, not against some
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +23,7 @@ from samestep.errors import UsageError
 from samestep.units import count_in_words
 
 _GOLDEN = np.uint64(GOLDEN)
+_NUM_NAMED = 3
 
 
 def hash_of(epoch: int, ids: np.ndarray) -> int:
@@ -137,15 +138,22 @@ class Coverage:
                 total += _hash_of_order(epoch, order, covered)
         return SampleCount(num_samples, total & MASK)
 
-    def in_words(self) -> str:
-        """Return "1,437 of 1,437 samples exactly once per epoch, 12 epochs"; epochs that covered less come after."""
+    def in_words(self, left_out: Mapping[int, int] | None = None) -> str:
+        """Return "1,437 of 1,437 samples exactly once per epoch, 12 epochs"; epochs that covered less come after.
+
+        Args:
+            left_out: how many samples of an epoch were due and left out.
+        """
         epochs_of: Counter[int] = Counter()
-        for _, num_epochs, covered in self._runs:
-            epochs_of[covered] += num_epochs
+        for first, num_epochs, covered in self._runs:
+            fewer = Counter(covered - n for e, n in (left_out or {}).items() if first <= e < first + num_epochs)
+            epochs_of.update(fewer)
+            epochs_of[covered] += num_epochs - fewer.total()
         parts = [
             f"{count_in_words(covered)} of {count_in_words(self.num_samples)} samples exactly once per epoch, "
             f"{count_in_words(num_epochs)} epoch{'s' if num_epochs > 1 else ''}"
             for covered, num_epochs in sorted(epochs_of.items(), reverse=True)
+            if num_epochs
         ]
         return "; ".join(parts) if parts else "no samples, 0 epochs"
 
@@ -169,6 +177,38 @@ class Coverage:
             self._runs.append([epoch, num_epochs, covered])
 
 
+class LeftOut:
+    """The samples that were due and declared bad.
+
+    Attributes:
+        count: their count.
+        per_epoch: how many of each epoch, where any.
+    """
+
+    def __init__(self) -> None:
+        self.count = SampleCount()
+        self.per_epoch: Counter[int] = Counter()
+        self._errors: dict[int, str] = {}
+
+    def add(self, epoch: int, bad: Sequence[tuple[int, str]]) -> None:
+        """Note samples of a committed step: id, and what the reading ended with."""
+        if bad:
+            self.count += SampleCount.of(epoch, np.array([sample for sample, _ in bad], dtype=np.int64))
+            self.per_epoch[epoch] += len(bad)
+            self._errors.update(bad)
+
+    def new_among(self, bad: Sequence[tuple[int, str]]) -> list[tuple[int, str]]:
+        """Return those that were not noted before, in whatever epoch."""
+        return [(sample, error) for sample, error in bad if sample not in self._errors]
+
+    def in_words(self) -> str:
+        """Return "1 skipped (sample 17: ValueError: broken)", each sample once; empty if there are none."""
+        named = [f"sample {sample}: {error}" for sample, error in list(self._errors.items())[:_NUM_NAMED]]
+        more = len(self._errors) - len(named)
+        tail = f"; and {count_in_words(more)} more" if more else ""
+        return f"{count_in_words(len(self._errors))} skipped ({'; '.join(named)}{tail})" if named else ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Proof:
     """What was due beside what was read.
@@ -177,28 +217,39 @@ class Proof:
         coverage: what the recipe says was due.
         due: its count.
         read: the count of what was really read.
+        left_out: what was declared bad.
     """
 
     coverage: Coverage
     due: SampleCount
     read: SampleCount
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     @classmethod
-    def of(cls, coverage: Coverage, read: SampleCount, order_of: Callable[[int], Order]) -> Proof:
-        """Compare `read` with what `coverage` says was due, in the orders of `order_of`."""
-        return cls(coverage=coverage, due=coverage.expected(order_of), read=read)
+    def of(
+        cls,
+        coverage: Coverage,
+        read: SampleCount,
+        order_of: Callable[[int], Order],
+        left_out: LeftOut | None = None,
+    ) -> Proof:
+        """Compare `read` and `left_out` with what `coverage` says was due, in the orders of `order_of`."""
+        due = coverage.expected(order_of)
+        return cls(coverage=coverage, due=due, read=read, left_out=left_out if left_out is not None else LeftOut())
 
     @property
     def holds(self) -> bool:
-        """Whether each sample that was due was read exactly once, and no other."""
-        return self.due == self.read
+        """Whether each sample that was due was read exactly once or declared bad, and no other was read."""
+        return self.due == self.read + self.left_out.count
 
     def in_words(self) -> str:
         """Return one sentence that states the proof, or how it fails."""
+        skipped = self.left_out.in_words()
         if self.holds:
-            return self.coverage.in_words()
+            return self.coverage.in_words(self.left_out.per_epoch) + (f"; {skipped}" if skipped else "")
         due, read = count_in_words(self.due.num_samples), count_in_words(self.read.num_samples)
         amount = "as many, but not the same ones" if due == read else f"{read} were read"
+        amount += f", {skipped}" if skipped else ""
         return (
             f"NOT each sample exactly once: {due} were due ({self.coverage.in_words()}), {amount} "
             f"(hash {self.read.digest}, due {self.due.digest})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,19 @@ SeedSample = Callable[[int, int, int], None]
 
 _COLUMN = (torch.Tensor, np.ndarray)
 _MAX_NAMED = 8
+_MAX_WORDS = 200
+
+
+class BadSample(NamedTuple):
+    """A sample that cannot be read.
+
+    Attributes:
+        sample: its id.
+        error: what its reading ended with, on one line: "ValueError: broken file".
+    """
+
+    sample: int
+    error: str
 
 
 class Source(ABC):
@@ -49,6 +62,36 @@ class Source(ABC):
         Raises:
             DataError: a sample or the collate function failed; the cause is the original exception.
         """
+
+    def read_alone(self, sample: int, seed: int, epoch: int, seed_sample: SeedSample) -> None:
+        """Read one sample, to see whether it can be read; the generators are seeded as in `fetch`.
+
+        Raises:
+            Exception: it cannot; a DataError's cause is the original exception.
+        """
+        self.fetch(np.array([sample], dtype=np.int64), seed, epoch, seed_sample)
+
+    def bad_among(self, ids: np.ndarray, seed: int, epoch: int, seed_sample: SeedSample) -> list[BadSample]:
+        """Return those of samples `ids` whose reading, each alone, fails twice in a row.
+
+        Raises:
+            Exception: memory ran out, which says nothing about a sample.
+        """
+        bad = []
+        with _one_thread():
+            for sample in ids.tolist():
+                # A second try, so that a file system that fails for a moment changes no result.
+                for is_last in (False, True):
+                    try:
+                        self.read_alone(sample, seed, epoch, seed_sample)
+                        break
+                    except Exception as error:
+                        cause = error.__cause__ if isinstance(error, DataError) and error.__cause__ else error
+                        if isinstance(cause, MemoryError):
+                            raise
+                        if is_last:
+                            bad.append(BadSample(sample, _in_a_line(cause)))
+        return bad
 
 
 class Columns(Source):
@@ -102,6 +145,14 @@ class Items(Source):
                     seed_sample(seed, epoch, sample)
                     samples.append(self._item(sample))
             return map_leaves(self._collated(samples, names), torch.Tensor, aligned)
+
+    def read_alone(self, sample: int, seed: int, epoch: int, seed_sample: SeedSample) -> None:
+        """Read one sample, without collating it."""
+        seed_sample(seed, epoch, sample)
+        if self._takes_lists:
+            self._find_failure(sample)
+        else:
+            self._item(sample)
 
     def _item(self, sample: int) -> Any:
         try:
@@ -287,5 +338,11 @@ def named(names: list[int]) -> str:
     return f"sample{'s' if len(names) > 1 else ''} {shown}" + (f" and {more} more" if more > 0 else "")
 
 
-def _in_words(error: Exception) -> str:
+def _in_a_line(error: BaseException) -> str:
+    """Return the error's kind and text, short enough to be told to all and recorded."""
+    line = " ".join(_in_words(error).split()).encode("utf-8", "backslashreplace").decode()
+    return line if len(line) <= _MAX_WORDS else line[:_MAX_WORDS] + " ..."
+
+
+def _in_words(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".strip().removesuffix(".").removesuffix(":")

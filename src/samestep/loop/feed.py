@@ -14,7 +14,7 @@ from samestep.core.worker import Worker
 from samestep.data.fingerprint import fingerprint
 from samestep.data.loading import Request, Shard, load
 from samestep.data.permutation import Identity, Order, Permutation
-from samestep.data.proof import Coverage, Proof, SampleCount
+from samestep.data.proof import Coverage, LeftOut, Proof, SampleCount
 from samestep.data.source import Source
 from samestep.data.split import Slice, shard_bounds
 from samestep.storage.digest import state_digest
@@ -30,6 +30,7 @@ class Reading:
         num_replicas: shards per batch.
         worker: whose shards are read.
         loaders: processes that read ahead.
+        skip_bad: whether samples that cannot be read are left out.
     """
 
     seed: int
@@ -37,6 +38,7 @@ class Reading:
     num_replicas: int
     worker: Worker
     loaders: int
+    skip_bad: bool = False
 
 
 class Feed:
@@ -44,8 +46,10 @@ class Feed:
 
     Attributes:
         data: what the user gave; kept so that its identity stays its own.
+        number: of the data set in the run.
         coverage: what the committed steps were due to read.
         read: what was read for them, by all workers.
+        left_out: what could not be read for them.
     """
 
     def __init__(self, data: Any, num_samples: int, seed: tuple[int, int]):
@@ -61,6 +65,8 @@ class Feed:
         self.coverage = Coverage(num_samples)
         self._content: list[str] | None = None
         self.read = SampleCount()
+        self.left_out = LeftOut()
+        self.number = seed[1]
         self._seed = seed
         self._shuffle = True
         self._shuffled: dict[int, bool] = {}
@@ -97,7 +103,14 @@ class Feed:
                 ids = self.order(batch.epoch).ids(first, last)
                 yield Request(batch.epoch, tuple(ids[a - first : b - first] for a, b in bounds))
 
-        shards = load(source, requests(), loaders=reading.loaders, seed=reading.seed, seed_sample=seed_sample)
+        shards = load(
+            source,
+            requests(),
+            loaders=reading.loaders,
+            seed=reading.seed,
+            seed_sample=seed_sample,
+            skip_bad=reading.skip_bad,
+        )
         try:
             for loaded in shards:
                 yield ahead.popleft(), loaded
@@ -110,15 +123,16 @@ class Feed:
             self._shuffle = shuffle
             self._orders.clear()
 
-    def commit(self, batch: Slice, read: SampleCount) -> None:
-        """Count a committed step's samples, as all workers have read them."""
+    def commit(self, batch: Slice, read: SampleCount, bad: Sequence[tuple[int, str]] = ()) -> None:
+        """Count a committed step's samples, as all workers have read them, and those that could not be."""
         self.coverage.add(batch)
         self._shuffled.setdefault(batch.epoch, self._shuffle)
         self.read += read
+        self.left_out.add(batch.epoch, bad)
 
     def proof(self) -> Proof:
         """Compare what was read with what was due."""
-        return Proof.of(self.coverage, self.read, self.order)
+        return Proof.of(self.coverage, self.read, self.order, self.left_out)
 
 
 def count_read(epoch: int, shards: Sequence[Shard | None]) -> tuple[int, int]:

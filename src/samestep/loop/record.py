@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class Record:
         self._num_samples = 0
         self._memory: list[int] = []
         self._num_skipped = 0
+        self._num_bad = 0
         self.num_steps = 0
         self.notes: list[str] = []
         self.logged: dict[str, float] = {}
@@ -58,6 +60,13 @@ class Record:
         if self._num_skipped <= _SKIPS_TOLD:
             last = " Further ones are skipped silently." if self._num_skipped == _SKIPS_TOLD else ""
             self.note(f"An update was skipped. {problem}{last}")
+
+    def left_out(self, bad: Sequence[tuple[int, str]], step: int) -> None:
+        """Tell of samples that could not be read; the first few are enough, and the summary counts them all."""
+        for sample, error in bad[: _SKIPS_TOLD - self._num_bad]:
+            self._num_bad += 1
+            last = " Further ones are skipped silently." if self._num_bad == _SKIPS_TOLD else ""
+            self.note(f"Sample {sample} could not be read for step {step}, and was skipped: {error}.{last}")
 
     def timed(self, num_samples: int, seconds: float) -> None:
         """Take the duration of a step that was really made (not replayed).

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from samestep.agree.allowance import Allowance, OnBadSample
 from samestep.agree.nonfinite import Nonfinite, Tolerance
 from samestep.agree.synchronous import Synchronous
 from samestep.core.buffers import Rule
@@ -69,6 +70,7 @@ class Run:
         buffers: Rule | Mapping[str, Rule] = "mean",
         arrivals: str = "auto",
         nonfinite: Nonfinite = "stop",
+        on_bad_sample: OnBadSample = "stop",
     ) -> None:
         """Make identical replicas of modules and optimizers on every worker, and register all for checkpoints.
 
@@ -83,6 +85,9 @@ class Run:
             nonfinite: what to do where a loss or gradient is NaN or infinite: "stop" with an error that names step,
                 replica, samples and parameter; "skip" the update (`step.skipped` tells); or a number: skip so many in
                 a row at most.
+            on_bad_sample: what to do with a sample of `run.steps` whose reading raises, twice in a row: "stop" with
+                an error that names it; "skip" it, so that the batch is what is left (`step.bad_samples` tells); or a
+                number: skip so many different samples at most.
 
         Raises:
             UsageError, MismatchError, SettingsError: something cannot be replicated, or workers built it differently,
@@ -92,7 +97,7 @@ class Run:
             raise UsageError("run.replicate was called twice. Give it everything in one call.")
         if arrivals not in ("auto", "many"):
             raise UsageError(f"You set arrivals={arrivals!r}; use 'auto' or 'many'.")
-        tolerance = Tolerance(nonfinite)
+        tolerance, allowance = Tolerance(nonfinite), Allowance(on_bad_sample)
         options = Options(
             num_replicas=self.num_replicas,
             threads=self.recipe.threads,
@@ -104,7 +109,7 @@ class Run:
         session.conditions.begin(session.calls)
         session.model = Model(things, session.group, options)
         bound = agree if agree is not None else Synchronous()
-        session.agreed = bound.bind(session.model, session.group, session.calls, session.clock, tolerance)
+        session.agreed = bound.bind(session.model, session.group, session.calls, session.clock, tolerance, allowance)
         session.keeper.resume()
         if session.keeping.checkpoint is not None and not session.keeper.joins:
             session.archive.prepare(session.keeping.checkpoint)
@@ -166,6 +171,7 @@ class Run:
             num_replicas=self.num_replicas,
             worker=self.worker,
             loaders=loaders,
+            skip_bad=session.agreed.allowance.skips,
         )
         session.plan(len(source), batch_size, epochs, steps)
         return self._stepping.walk(feed, source, slices, reading)

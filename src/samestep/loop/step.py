@@ -22,7 +22,7 @@ from samestep.core.group import WorkerLost
 from samestep.core.randomness import seed_shard, seed_step
 from samestep.data.loading import Shard
 from samestep.data.split import Slice, shard_bounds
-from samestep.errors import UsageError
+from samestep.errors import DataError, UsageError
 from samestep.loop.feed import count_read
 from samestep.loop.session import Session
 
@@ -60,13 +60,15 @@ class Step:
         number: counted over the whole run, from 0.
         epoch: counted over the whole run, from 0.
         ends_epoch: whether this is the epoch's last step.
-        size: samples in the batch.
+        size: samples in the batch as it was planned, bad ones included.
+        bad_samples: after `update`: samples of the batch that could not be read and were left out, id -> error.
         loss: after `update`: weighted mean over the batch.
         grad_norm: after `update(clip_norm=...)`: norm of all gradients before clipping. `clip_norm=math.inf` only
             measures.
         means: after `update`: weighted mean of each number given to `mean`.
         skipped: after `update`: whether the weights stayed as they were, because a gradient overflowed under a scaler,
-            or was not finite and `run.replicate(nonfinite=...)` lets such updates be skipped.
+            or was not finite and `run.replicate(nonfinite=...)` lets such updates be skipped, or because every sample
+            of the batch was left out; then `loss` is NaN.
         pass_: how many updates this step has made.
         slice: the positions of the data that the batch holds.
         left_in: the replica in whose shard the loop was left, if it was.
@@ -84,6 +86,7 @@ class Step:
         self.size = slice_.size
         self.pass_ = 0
         self.means: dict[str, float] = {}
+        self.bad_samples: dict[int, str] = {}
         self.skipped = False
         self._outcome: Outcome | None = None
         self._part = Part()
@@ -107,6 +110,7 @@ class Step:
         if self._shards is None and not self._driver.session.replaying:
             # The replay ended inside this step: its checkpoint was made before an update of it.
             self._shards = self._driver.read(self.slice)
+            self._check_bad_again(self._shards)
         if self._shards is None:
             seed_step(self._seed, self.number)
             self._state = "iterated"
@@ -127,6 +131,7 @@ class Step:
                 session.regroup()
             # Who is left divides the shards anew, and plays them all again.
             self._shards = self._driver.read(self.slice)
+            self._check_bad_again(self._shards)
         self._state = "iterated"
 
     def _play_mine(self) -> Iterator[Any]:
@@ -145,6 +150,8 @@ class Step:
             for trained in model.trained:
                 trained.gradients.begin_shard(index)
             if shard is not None:
+                self._part.bad = [*self._part.bad, *shard.bad]
+            if shard is not None and shard.size:
                 model.buffers.begin_shard()
                 seed_shard(self._seed, self.number, self.pass_, replica)
                 self._replica, self._count = replica, len(shard.ids)
@@ -255,6 +262,7 @@ class Step:
         self._outcome = self._driver.update(self, self._part, choices)
         self.means = self._outcome.means
         self.skipped = self._outcome.skipped
+        self.bad_samples = dict(self._outcome.bad)
         self._state = "updated"
         self.pass_ += 1
 
@@ -286,8 +294,8 @@ class Step:
         shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
         return f"step {self.number}, replica {replica} (samples {shown})"
 
-    def request(self, index: int, choices: Choices) -> Request:
-        """Return the update of optimizer number `index` that was asked for."""
+    def request(self, index: int, choices: Choices, data: int) -> Request:
+        """Return the update of optimizer number `index` that was asked for, on data set number `data`."""
         scaled = choices.scaler is not None and choices.scaler.is_enabled()
         return Request(
             where=choices.where,
@@ -298,8 +306,25 @@ class Step:
             transform=choices.transform,
             seeds=(self._seed, self.number, self.pass_),
             num_samples=self.size,
+            data=data,
             describe=self.describe,
         )
+
+    def _check_bad_again(self, shards: Sequence[Shard | None]) -> None:
+        """Check that samples are as good, or bad, as they were for an earlier update of this step.
+
+        Raises:
+            DataError: one is not.
+        """
+        if not self.pass_:
+            return
+        for shard in filter(None, shards):
+            now, known = {sample for sample, _ in shard.bad}, set(self.bad_samples)
+            if other := (now - known) | (known & set(shard.ids.tolist())):
+                raise DataError(
+                    f"Samples {sorted(other)} could be read for one update of step {self.number}, and not for another. "
+                    f"What they lie on fails now and then: try again when it does not."
+                )
 
     def _known(self, name: str) -> Outcome:
         if self._outcome is None:

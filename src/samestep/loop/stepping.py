@@ -120,6 +120,7 @@ class Stepping:
         """Make one update for `step`, or give what was recorded of it."""
         session, model = self.session, self.session.model
         assert model is not None and self._walk is not None
+        feed = self._walk.feed
         index = _index_of([t.optimizer for t in model.trained], choices.optimizer)
         optimizer, scaler = model.trained[index].optimizer, choices.scaler
         if scaler is not None and not scaler.is_enabled():
@@ -128,8 +129,9 @@ class Stepping:
             _require_registered(scaler, model.others)
 
         def make() -> list:
-            made = session.agreed.update(step.request(index, choices), part)
-            return [made.loss, made.grad_norm, made.means, made.skipped, made.problem, list(made.read)]
+            made = session.agreed.update(step.request(index, choices, feed.number), part)
+            bad = [list(one) for one in made.bad]
+            return [made.loss, made.grad_norm, made.means, made.skipped, made.problem, list(made.read), bad]
 
         for hook in _user_hooks(_global_optimizer_pre_hooks, optimizer._optimizer_step_pre_hooks):
             hook(optimizer, (), {})
@@ -139,13 +141,16 @@ class Stepping:
         finally:
             session.clock.to(before)
         session.clock.end_step()
-        session.agreed.tolerance.count(index, outcome.problem, choices.where)
+        is_empty = len(outcome.bad) == step.size
+        if not is_empty:
+            session.agreed.tolerance.count(index, outcome.problem, choices.where)
+        session.agreed.allowance.count(feed.number, outcome.bad, choices.where)
         if outcome.problem and not session.replaying:
             session.record.skipped(outcome.problem)
         if choices.transform is not None or isinstance(model.trained[index].update, WholeUpdate):
             # User code ran on the owners alone, and may have drawn random numbers there.
             seed_step(session.recipe.seed, step.number)
-        if scaler is not None:
+        if scaler is not None and not is_empty:
             _update_scale(scaler, optimizer, outcome.skipped, session.worker.device)
         # What a scheduler looks at before it warns that the optimizer never stepped.
         vars(optimizer)["_opt_called"] = True
@@ -154,7 +159,9 @@ class Stepping:
         if step.pass_ == 0:
             # Here, not when the step ends: a loop may be left by `break` after its update.
             session.record.num_steps += 1
-            self._walk.feed.commit(step.slice, SampleCount(*outcome.read))
+            if not session.replaying:
+                session.record.left_out(feed.left_out.new_among(outcome.bad), step.number)
+            feed.commit(step.slice, SampleCount(*outcome.read), outcome.bad)
         return outcome
 
     def read(self, batch: Slice) -> Sequence[Shard | None]:
@@ -185,7 +192,7 @@ class Stepping:
         device = self.session.worker.device
         if device == "cpu":
             return shards
-        return [s and Shard(s.ids, on_device(s.batch, device)) for s in shards]
+        return [s and replace(s, batch=on_device(s.batch, device)) for s in shards]
 
 
 def _index_of(optimizers: Sequence[torch.optim.Optimizer], given: torch.optim.Optimizer | None) -> int:
