@@ -64,7 +64,7 @@ PROTOCOL = (
 """Where a worker does what the others, its supervisor or those who come after it rely on."""
 
 NUM_WORKERS, NUM_REPLICAS = 2, 5
-_DEADLINE = 60.0
+DEADLINE = 60.0
 """Seconds after which a run counts as hung; it takes less than one, with a stopped worker two."""
 
 
@@ -124,6 +124,22 @@ class TookTooLong(BaseException):
     """A run has not ended in time."""
 
 
+class Average:
+    """A mean of weights over steps: registered, and not a function of what the ledger holds."""
+
+    def __init__(self, weight: Any):
+        self.value = weight.detach().clone()
+
+    def take(self, weight: Any) -> None:
+        self.value.lerp_(weight.detach(), 0.3)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value.copy_(state["value"])
+
+
 def main(run: Any, wrong: Callable[[str], None], saves: str | None) -> dict[str, Any]:
     """Train with what a restart could lose: Python variables, random numbers, buffers, a scheduler, skipped updates."""
     import torch
@@ -138,30 +154,33 @@ def main(run: Any, wrong: Callable[[str], None], saves: str | None) -> dict[str,
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.BatchNorm1d(8), nn.Dropout(0.1), nn.Linear(8, 3))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-    run.replicate(model, optimizer, scheduler, nonfinite=1)
+    average = Average(model[0].weight)
+    run.replicate(model, optimizer, scheduler, average, nonfinite=1)
     losses, noise, skipped = [], 0.0, 0
 
-    def told() -> str:
+    def count() -> str:
         if run._session.replaying:
             wrong("run.once was made again in a replay")
         return f"{len(losses)} losses"
 
-    words = [run.once(told)]
+    words = [run.once(count)]
     for _ in range(2):
         for step in run.steps((x, y), 10, epochs=1):
             for a, b in step:
                 step.backward(F.cross_entropy(model(a), b))
             step.update(clip_norm=0.5)
             scheduler.step()
+            average.take(model[0].weight)
             skipped += step.skipped
             losses.append(0.0 if step.skipped else step.loss)
             noise += float(torch.rand(()))
-        words.append(run.once(told))
+        words.append(run.once(count))
         if saves is not None:
             with contextlib.suppress(StorageError):
                 run.save(saves)
     mean = run.mean(lambda batch: model(batch[0].nan_to_num()).argmax(1) == batch[1], (x, y), 15)
-    return {"losses": losses, "noise": noise, "skipped": skipped, "words": words, "mean": mean}
+    told = {"losses": losses, "noise": noise, "skipped": skipped, "words": words, "mean": mean}
+    return {**told, "average": float(average.value.double().sum())}
 
 
 def body(board: Board, points: Sequence[Point], strikes: Sequence[Strike], folder: str | None, context: Any) -> None:
@@ -180,7 +199,7 @@ def body(board: Board, points: Sequence[Point], strikes: Sequence[Strike], folde
 
 
 def hurried() -> contextlib.ExitStack:
-    """Within it, state is kept in memory after every second step, and runs do without what takes them long."""
+    """Within it, state is kept in memory after every second step, each step is told, and runs do without what takes them long."""
     from samestep.guarding import fence
     from samestep.loop import keeper, record
 
@@ -190,6 +209,7 @@ def hurried() -> contextlib.ExitStack:
         (keeper, "_SNAPSHOT_SHARE", 0),
         (fence, "_POLL", 0.1),
         (os, "fsync", lambda descriptor: None),
+        (record, "_PROGRESS_SECONDS", 0.0),
         (record, "pss_bytes", lambda: 0),
     ):
         stack.enter_context(mock.patch.object(owner, name, value))
@@ -197,9 +217,9 @@ def hurried() -> contextlib.ExitStack:
 
 
 def play(
-    writes: bool, strikes: Sequence[Strike] = (), points: Sequence[Point] = (), num_workers: int = NUM_WORKERS
+    case: Case, points: Sequence[Point] = (), num_workers: int = NUM_WORKERS, limit_seconds: float = DEADLINE
 ) -> Played:
-    """Run the training once, under strikes."""
+    """Run the training once."""
     from samestep.launching.output import Plumbing
     from samestep.launching.supervisor import supervise
     from samestep.settings.entry import _fleet
@@ -208,19 +228,20 @@ def play(
     board, listener, begin = Board(len(points)), Listener(), time.monotonic()
     descriptors = len(os.listdir("/proc/self/fd"))
     place = tempfile.mkdtemp(prefix="points-")
-    folder = os.path.join(place, "run") if writes else None
-    options = Options(workers=num_workers, replicas=NUM_REPLICAS, hang_after=1.0, checkpoint=folder, every=1 if writes else None)
-    fleet = _fleet(functools.partial(body, board, points, strikes, folder), options, Plumbing(hidden=True))
+    folder = os.path.join(place, "run") if case.writes else None
+    every = 1 if case.writes else None
+    options = Options(workers=num_workers, replicas=NUM_REPLICAS, hang_after=1.0, checkpoint=folder, every=every)
+    fleet = _fleet(functools.partial(body, board, points, case.strikes, folder), options, Plumbing(hidden=True))
     outcome, kept = None, {}
     try:
-        with hurried(), deadline(_DEADLINE):
+        with hurried(), deadline(limit_seconds):
             outcome = supervise(fleet, num_workers, listener)
         wrong = [note for note in listener.notes if note.startswith("wrong: ")]
         if folder is not None and listener.facts is not None:
             kept, more = kept_in(Path(folder))
             wrong += more
     except TookTooLong:
-        wrong = [f"it has not ended after {_DEADLINE} s"]
+        wrong = [f"it has not ended after {limit_seconds} s"]
     finally:
         assert fleet.snapshots is not None
         fleet.snapshots.close()
@@ -284,7 +305,7 @@ class Points:
 
     def __init__(self, functions: Iterable[str] = PROTOCOL):
         self.points = points_of(functions)
-        self.expected = {writes: play(writes, num_workers=1) for writes in (False, True)}
+        self.expected = {writes: play(Case(writes), num_workers=1) for writes in (False, True)}
         for played in self.expected.values():
             assert played.outcome.code == 0 and not played.wrong, (played.outcome.message, played.wrong)
 
@@ -305,16 +326,16 @@ class Points:
         """Return every point that a worker comes to in any of the scenes, first those of the undisturbed run."""
         found: dict[tuple[int, int, int], Reached] = {}
         for case in self.scenes():
-            played = play(case.writes, case.strikes, self.points)
+            played = play(case, self.points)
             for (rank, birth, number), count in played.board.counts().items():
                 here = Reached(self.points[number], rank, birth, count, case)
                 found.setdefault((birth, number, rank), here)
             played.board.close()
         return [found[key] for key in sorted(found)]
 
-    def judge(self, case: Case) -> tuple[list[str], bool, float]:
+    def judge(self, case: Case, limit_seconds: float = DEADLINE) -> tuple[list[str], bool, float]:
         """Play a case; return what is wrong, whether all of it struck, and its seconds."""
-        played = play(case.writes, case.strikes, self.points)
+        played = play(case, self.points, limit_seconds=limit_seconds)
         wrong, has_struck = judged(played, case.strikes, self.expected[case.writes])
         played.board.close()
         return wrong, has_struck, played.seconds

@@ -25,7 +25,7 @@ from typing import Any
 
 RANKS, BIRTHS = 4, 3
 """Workers, and fleets of a run, that are told apart in what is counted."""
-_PAUSE = 0.03
+_PAUSE = 0.1
 """Seconds that a worker is held up at a line by a pause."""
 KINDS = ("kill", "stop", "oserror", "memory", "pause")
 
