@@ -3,9 +3,9 @@
     python -m tests.faults.planted                    all of them
     python -m tests.faults.planted --only snapshot
 
-A bug that lives would mean that the campaigns look too little. Each has the runs that show it; without the bug the same runs
-are right. Bugs in the writing of checkpoints (renamed before they are on the disk, written in place, ...) are planted in
-`test_checkpoint_campaign.py`. Prints one JSON line per bug and one at the end.
+A bug that lives would mean that the campaigns look too little. Each has the runs that show it; without the bug the same
+runs are right. Bugs in the writing of checkpoints (renamed before they are on the disk, written in place, ...) are
+planted in `test_checkpoint_campaign.py`. Prints one JSON line per bug and one at the end.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 from unittest import mock
 
 sys.path.append(str(Path(__file__).parent))
-from points import DEADLINE, Case, Points, warm
+from points import DEADLINE, Case, Points, zygote_here
 from striking import Strike, function_named
 
 Plant = Callable[[contextlib.ExitStack], Any]
@@ -62,7 +62,7 @@ def owner_of(name: str) -> tuple[Any, str]:
 
 
 def edited(name: str, old: str, new: str) -> Plant:
-    """Plant by changing text in a function's source. Its lines keep their numbers, so that points stay where they are."""
+    """Plant by changing text in a function's source. Lines keep their numbers, so points stay where they are."""
 
     def plant(stack: contextlib.ExitStack) -> None:
         function = function_named(f"samestep.{name}")
@@ -124,7 +124,8 @@ def weights_from_before_the_update(stack: contextlib.ExitStack) -> None:
 
     def commit(old: Any) -> Any:
         def noted(self: Any, request: Any, trained: Any, reduced: Any) -> None:
-            before.update((name, p.detach().clone()) for name, p in zip(trained.weights.names, trained.weights.parameters))
+            named = zip(trained.weights.names, trained.weights.parameters, strict=True)
+            before.update((name, parameter.detach().clone()) for name, parameter in named)
             old(self, request, trained, reduced)
 
         return noted
@@ -218,7 +219,8 @@ def table(points: Points) -> list[Bug]:
     again = case(at("kill", 0, "Snapshots.write", "head = wire.pack", 4), at("kill", 0, *update, 7, birth=1))
     commits = "agree.synchronous:LiveSynchronous._commit"
     replay, snapshot, round_ = "loop.keeper:Keeper.reach", "core.snapshot:Snapshots.write", "core.arena:Arena._round"
-    recorded = "return self.ledger.next(kind, where)"
+    to_facts, saves = "storage.ledger:Ledger.to_facts", "run.archive.save(folder, run.record.num_steps"
+    told = "self.ledger.next(kind, where)"
     return [
         Bug("a snapshot without Adam's first moment", zero(1, ".exp_avg"), dead),
         Bug("a snapshot without Adam's second moment", zero(1, ".exp_avg_sq"), dead),
@@ -236,8 +238,12 @@ def table(points: Points) -> list[Bug]:
             dead,
         ),
         Bug("a snapshot holds the weights before its last update", weights_from_before_the_update, dead),
-        Bug("the ledger in a snapshot is one call short", wrapped("storage.ledger:Ledger.to_facts", one_call_short), dead),
-        Bug("the ledger in a snapshot is one call long", wrapped("storage.ledger:Ledger.to_facts", one_call_long), dead),
+        Bug(
+            "the ledger in a snapshot is one call short",
+            wrapped(to_facts, one_call_short),
+            dead,
+        ),
+        Bug("the ledger in a snapshot is one call long", wrapped(to_facts, one_call_long), dead),
         Bug(
             "a snapshot is marked as whole before it is copied",
             edited(snapshot, "self._words[number] = 0", "self._words[number] = serial"),
@@ -283,7 +289,9 @@ def table(points: Points) -> list[Bug]:
         Bug(
             "a replayed once is executed again",
             edited(
-                "loop.session:Session.recorded", recorded, f"{recorded} if kind != 'once' else (make(), {recorded[7:]})[1]"
+                "loop.session:Session.recorded",
+                f"return {told}",
+                f"return {told} if kind != 'once' else (make(), {told})[1]",
             ),
             dead,
         ),
@@ -330,7 +338,7 @@ def table(points: Points) -> list[Bug]:
         ),
         Bug(
             "a checkpoint is named by the step before",
-            edited("loop.keeper:Keeper.write", "run.archive.save(folder, run.record.num_steps,", "run.archive.save(folder, run.record.num_steps - 1,"),
+            edited("loop.keeper:Keeper.write", saves, f"{saves} - 1"),
             from_files,
         ),
         Bug(
@@ -421,6 +429,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="bugs whose names hold this text")
     chosen = parser.parse_args()
-    warm()
-    known = Points()
-    sys.exit(min(campaign([bug for bug in table(known) if chosen.only in bug.name], known), 1))
+    with zygote_here():
+        known = Points()
+        num_wrong = campaign([bug for bug in table(known) if chosen.only in bug.name], known)
+    sys.exit(min(num_wrong, 1))

@@ -4,8 +4,8 @@
     python -m tests.faults.points --all               a kill at every line, in both, before and after a first death
     python -m tests.faults.points --all --kinds stop oserror memory pause
 
-Prints one JSON line per case and one at the end. What strikes where is decided by `striking`; a function that is new in the
-protocol is one more line in `PROTOCOL`.
+Prints one JSON line per case and one at the end. What strikes where is decided by `striking`; a function that is new in
+the protocol is one more word in `PROTOCOL`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 from unittest import mock
 
 sys.path.append(str(Path(__file__).parent))
-from campaign import KEYS, Listener, violations
+from campaign import Listener, violations
 from striking import KINDS, Board, Point, Strike, Tracer, points_of
 
 PROTOCOL = (
@@ -198,8 +198,12 @@ def body(board: Board, points: Sequence[Point], strikes: Sequence[Strike], folde
     seat.take_part(context, functools.partial(main, wrong=wrong, saves=saves), Options())
 
 
-def hurried() -> contextlib.ExitStack:
-    """Within it, state is kept in memory after every second step, each step is told, and runs do without what takes them long."""
+def hurried(place: str) -> contextlib.ExitStack:
+    """Within it, state is kept in memory after every second step, each step is told, and what is slow is left out.
+
+    Args:
+        place: where what would go to the folder for temporary files goes.
+    """
     from samestep.guarding import fence
     from samestep.loop import keeper, record
 
@@ -211,6 +215,7 @@ def hurried() -> contextlib.ExitStack:
         (os, "fsync", lambda descriptor: None),
         (record, "_PROGRESS_SECONDS", 0.0),
         (record, "pss_bytes", lambda: 0),
+        (tempfile, "tempdir", place),
     ):
         stack.enter_context(mock.patch.object(owner, name, value))
     return stack
@@ -234,7 +239,7 @@ def play(
     fleet = _fleet(functools.partial(body, board, points, case.strikes, folder), options, Plumbing(hidden=True))
     outcome, kept = None, {}
     try:
-        with hurried(), deadline(limit_seconds):
+        with hurried(place), deadline(limit_seconds):
             outcome = supervise(fleet, num_workers, listener)
         wrong = [note for note in listener.notes if note.startswith("wrong: ")]
         if folder is not None and listener.facts is not None:
@@ -291,7 +296,8 @@ def judged(played: Played, strikes: Sequence[Strike], expected: Played) -> tuple
     deadly = [strike for strike in strikes if strike.kind != "pause"]
     if played.outcome is None:
         return played.wrong, has_struck
-    if played.outcome.code == 1 and "planted at a point" in played.outcome.message and not played.board.struck(0):
+    too_early = any(played.board.struck(number) == 0 for number in range(len(strikes)))
+    if played.outcome.code == 1 and "planted at a point" in played.outcome.message and too_early:
         # An error before the first recorded call is not tried again, and is told.
         return played.wrong, has_struck
     wrong = played.wrong + violations(played.outcome, played.listener, expected.listener.facts, len(deadly))
@@ -367,27 +373,32 @@ def sample(reached: Sequence[Reached], kinds: Sequence[str], seed: int) -> list[
             first = draw.choice([at for at in of_rank[ranks[0]] if at.birth == of_rank[ranks[0]][0].birth])
             strikes = [*first.case.strikes, first.struck(kind, draw)]
             # The other comes there as well: the first has not got past it. Whether more than once is not known.
-            strikes += [Strike(kind, rank, first.birth + 1, draw.choice(of_rank[rank]).point) for rank in ranks[1:]]
+            birth = first.birth + (kind != "pause")
+            strikes += [Strike(kind, rank, birth, draw.choice(of_rank[rank]).point) for rank in ranks[1:]]
             cases.append(Case(first.case.writes, tuple(strikes)))
     return cases
 
 
-def warm() -> None:
-    """Become a zygote."""
+@contextlib.contextmanager
+def zygote_here() -> Iterator[None]:
+    """Be a zygote."""
     from samestep.launching import environment, zygote
+    from samestep.launching.leftovers import without_empty_folders
 
     environment.prepare()
-    zygote.warm()
-    from samestep.settings import origin
-    from samestep.settings.entry import _WARM
+    with without_empty_folders():
+        zygote.warm()
+        from samestep.settings import origin
+        from samestep.settings.entry import _WARM
 
-    zygote.warm(_WARM)
-    for file in Path(__file__).parent.glob("*.py"):
-        # As `samestep run` does, so that not every worker reads them.
-        origin.keep(str(file))
+        zygote.warm(_WARM)
+        for file in Path(__file__).parent.glob("*.py"):
+            # As `samestep run` does, so that not every worker reads them.
+            origin.keep(str(file))
+        yield
 
 
-def campaign(cases: Sequence[Case], points: Points) -> int:
+def campaign(cases: Sequence[Case], points: Points, reached: Sequence[Reached]) -> int:
     """Play the cases; return how many were wrong."""
     num_wrong = num_missed = 0
     for number, case in enumerate(cases):
@@ -397,8 +408,9 @@ def campaign(cases: Sequence[Case], points: Points) -> int:
         print(json.dumps({**told, "seconds": round(seconds, 2), "struck": has_struck, "wrong": wrong}), flush=True)
     struck = {(strike.point, strike.rank) for case in cases for strike in case.strikes}
     functions = {(point.function, rank) for point, rank in struck}
+    never = {point.function for point in points.points} - {at.point.function for at in reached}
     told = {"cases": len(cases), "functions_and_workers": len(functions), "lines_and_workers": len(struck)}
-    print(json.dumps({**told, "missed": num_missed, "wrong": num_wrong}))
+    print(json.dumps({**told, "never_reached": sorted(never), "missed": num_missed, "wrong": num_wrong}))
     return num_wrong
 
 
@@ -409,7 +421,10 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="cases of which a strike's description holds this text")
     chosen = parser.parse_args()
-    warm()
-    known = Points()
-    planned = (every if chosen.all else sample)(known.reached(), chosen.kinds, chosen.seed)
-    sys.exit(min(campaign([c for c in planned if any(chosen.only in str(s) for s in c.strikes)], known), 1))
+    with zygote_here():
+        known = Points()
+        found = known.reached()
+        planned = (every if chosen.all else sample)(found, chosen.kinds, chosen.seed)
+        planned = [case for case in planned if any(chosen.only in str(strike) for strike in case.strikes)]
+        num_wrong = campaign(planned, known, found)
+    sys.exit(min(num_wrong, 1))

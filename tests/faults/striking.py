@@ -3,8 +3,8 @@
     points_of(functions)    every line of some functions, read from their code, so that the list follows the code
     Tracer                  in a worker: counts how often it comes to each line, and strikes where a strike is planned
 
-Nothing is put into the source: Python's own tracing tells of each line just before it runs. What has struck, and what was
-counted, is written to memory that all fleets of a run share, so that workers which start again are not struck again.
+Nothing is put into the source: Python's own tracing tells of each line just before it runs. What has struck, and what
+was counted, is written to memory that all fleets of a run share, so that workers which start again are left alone.
 """
 
 from __future__ import annotations
@@ -188,19 +188,21 @@ class Tracer:
                 due = self._due.get((number, self._board.count(self._rank, self._birth, number)))
                 if due is not None:
                     self._board.strike(due[0], self._num_calls())
-                    strike(due[1].kind)
+                    act(due[1])
             return told
 
         return told
 
 
-def strike(kind: str) -> None:
+def act(strike: Strike) -> None:
     """Let it happen to this process, here and now."""
-    if kind in ("kill", "stop"):
-        os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
-    elif kind == "oserror":
-        raise OSError(errno.EIO, "planted at a point")
-    elif kind == "memory":
-        raise MemoryError("planted at a point")
+    # The same error at the same place twice would be a mistake of the script's, so each says whose it is.
+    words = f"planted at a point of worker {strike.rank}, number {strike.birth}"
+    if strike.kind in ("kill", "stop"):
+        os.kill(os.getpid(), signal.SIGKILL if strike.kind == "kill" else signal.SIGSTOP)
+    elif strike.kind == "oserror":
+        raise OSError(errno.EIO, words)
+    elif strike.kind == "memory":
+        raise MemoryError(words)
     else:
         time.sleep(_PAUSE)
