@@ -64,8 +64,9 @@ PROTOCOL = (
 """Where a worker does what the others, its supervisor or those who come after it rely on."""
 
 NUM_WORKERS, NUM_REPLICAS = 2, 5
-DEADLINE = 60.0
-"""Seconds after which a run counts as hung; it takes less than one, with a stopped worker two."""
+DEADLINE = 300.0
+"""Seconds after which a run counts as hung. It takes one, with a stopped worker two, but 40 on a machine that is
+very busy."""
 
 
 @dataclass(frozen=True)
