@@ -47,6 +47,24 @@ def test_nothing_is_tried_before_its_time():
     assert imports.due(1e9, has_died=True) is None, "once is enough"
 
 
+def test_a_trial_is_not_replaced_by_another():
+    """A supervisor still waits for its pidfd; a new one would have the same number."""
+    imports = Imports()
+    imports.hear(["json"], 0.0)
+    trial = imports.due(0.0, has_died=True)
+    for names in (["json"], ["json", "wave"]):
+        imports.hear(names, 1.0)
+        assert imports.due(1.0, has_died=True) is None
+    select.select([trial], [], [], 30)
+    imports.tried()
+    later = imports.due(2.0, has_died=True)
+    assert later is not None, "what was heard meanwhile is tried then"
+    imports.hear(["json", "wave"], 2.0)
+    select.select([later], [], [], 30)
+    imports.tried()
+    assert imports.due(3.0, has_died=True) is None, "the same names are tried once"
+
+
 def test_what_starts_a_thread_is_left_to_the_workers(tmp_path):
     (tmp_path / "harmless.py").write_text("x = 1")
     (tmp_path / "threaded.py").write_text(

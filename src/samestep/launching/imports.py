@@ -40,6 +40,7 @@ class Imports:
 
     def __init__(self) -> None:
         self._names: Sequence[str] = ()
+        self._tried: Sequence[str] = ()
         self._heard_at: float | None = None
         self._pid = 0
         self._pidfd = -1
@@ -51,6 +52,9 @@ class Imports:
             names: of modules.
             now: seconds of the monotonic clock.
         """
+        if self._pid and list(names) == list(self._tried):
+            # A fleet that starts again tells the same as the one before.
+            return
         self._names = names
         self._heard_at = now
 
@@ -61,11 +65,11 @@ class Imports:
             now: seconds of the monotonic clock.
             has_died: whether a fleet of this run has died already, so that another may.
         """
-        if self._heard_at is None or not (has_died or now - self._heard_at > PATIENCE):
+        if self._pid or self._heard_at is None or not (has_died or now - self._heard_at > PATIENCE):
+            # One at a time: a selector still holds the pidfd of the one that is under way.
             return None
-        self.close()
-        self._heard_at = None
-        self._pid = _try_in_child(self._names)
+        self._heard_at, self._tried = None, self._names
+        self._pid = _try_in_child(self._tried)
         self._pidfd = os.pidfd_open(self._pid)
         return self._pidfd
 
@@ -73,7 +77,7 @@ class Imports:
         """The child has ended: import the same if it could."""
         status = self._end(kill=False)
         if status == 0:
-            take(self._names)
+            take(self._tried)
 
     def close(self) -> None:
         """End the child, if there is one."""
