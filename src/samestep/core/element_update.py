@@ -41,7 +41,7 @@ class ElementUpdate(Update):
         ]
         self._groups = [self._group_by_settings(p, s) for p, s in zip(self._pieces, self._shadows, strict=True)]
         self._known: dict[Piece, dict[str, torch.Tensor]] = {piece: {} for chunk in chunks for piece in chunk}
-        self._places: dict[Slot, torch.Tensor] = {}
+        self.places: dict[Slot, torch.Tensor] = {}
         self._states: list[tuple[dict, dict]] | None = None
         self._fused: list[FusedAdam | None] | None = None
         self._bare_step = _without_hooks(type(self._twin).step)
@@ -83,7 +83,7 @@ class ElementUpdate(Update):
             self._fused = [FusedAdam.of(s, self._twin.state) if len(g) == 1 else None for s, g in pairs]
 
     def was_cleared(self) -> bool:
-        return bool(self._places) and not self._optimizer.state
+        return bool(self.places) and not self._optimizer.state
 
     def full_state(self) -> State:
         if self._group.shares_memory:
@@ -107,7 +107,7 @@ class ElementUpdate(Update):
     def load(self, state: State) -> None:
         self._twin.state.clear()
         self._states = self._fused = None
-        self._places.clear()
+        self.places.clear()
         self._optimizer.state.clear()
         for piece, shadow in self._pairs:
             self._known[piece] = {}
@@ -164,7 +164,7 @@ class ElementUpdate(Update):
                     if place is not value:
                         place.copy_(value)
                     state[key] = self._known[piece][key] = place
-        self._places.update(places)
+        self.places.update(places)
         self._group.exchange(b"")
         for (parameter, key), place in places.items():
             self._optimizer.state[self._weights.parameters[parameter]][key] = place

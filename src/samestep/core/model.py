@@ -19,9 +19,11 @@ from samestep.core.fold import Fold, HeldFold
 from samestep.core.gradients import Gradients
 from samestep.core.group import Group
 from samestep.core.guard import Guard
+from samestep.core.integrity import Integrity
 from samestep.core.layout import GRANULE, PIECE, Layout, lay_out
 from samestep.core.memory import check_fits, give_back
 from samestep.core.optimizers import Kind, kind_of, settings_of
+from samestep.core.places import Slot
 from samestep.core.update import Update
 from samestep.core.weights import Weights, check_separate, shape_of
 from samestep.core.whole_update import WholeUpdate
@@ -41,6 +43,7 @@ class Options:
         buffers: how buffers of replicas are merged (see `Buffers`).
         many_arrivals: fold every gradient at the end of its shard.
         read_only: between updates a write to the weights kills the worker, where the group can do that.
+        verifies: whether memory is looked at for flipped bits.
     """
 
     num_replicas: int
@@ -48,6 +51,7 @@ class Options:
     buffers: Rule | Mapping[str, Rule] = "mean"
     many_arrivals: bool = False
     read_only: bool = False
+    verifies: bool = True
 
 
 class Trained:
@@ -57,7 +61,8 @@ class Trained:
         optimizer: the user's.
         weights, gradients, sums, update: its mechanism; see their classes.
         replicas: those this worker plays.
-        num_nodes: for each worker, how many nodes of the tree it folds.
+        nodes: for each worker, the nodes of the tree that it folds.
+        num_nodes: for each worker, how many.
         area_bytes: gradient memory of all workers of the group.
     """
 
@@ -83,7 +88,8 @@ class Trained:
         scripts = [tree.script_of(run, options.num_replicas) for run in runs]
         script, area = scripts[group.worker.rank], None
         self.replicas = runs[group.worker.rank]
-        self.num_nodes = [len(s.nodes) for s in scripts]
+        self.nodes = [s.nodes for s in scripts]
+        self.num_nodes = [len(nodes) for nodes in self.nodes]
         self.area_bytes = sum(s.num_buffers for s in scripts) * layout.sum_bytes
         if size > 1:
             nodes = [range(count) for count in self.num_nodes]
@@ -127,6 +133,11 @@ class Trained:
             }
             self.update.load(state)
 
+    @property
+    def places(self) -> Mapping[Slot, torch.Tensor]:
+        """Optimizer state, as far as it lies in the group's memory."""
+        return self.update.places
+
     def state_bytes(self) -> int:
         """Return bytes of optimizer state tensors that this worker sees."""
         seen = (v for s in self.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor))
@@ -147,7 +158,7 @@ class Model:
         trained: one per optimizer.
         modules: (prefix of names, module), in the order given.
         others: schedulers, scalers and alike: registered for checkpoints only.
-        buffers, guard: see their classes.
+        buffers, guard, integrity: see their classes.
     """
 
     def __init__(self, things: Sequence[Any], group: Group, options: Options):
@@ -180,6 +191,7 @@ class Model:
         self.buffers = Buffers(self.modules, group, options.num_replicas, options.buffers)
         weights = [t.weights for t in self.trained] + self._frozen
         self.guard = Guard(modules, weights, group.worker.rank, group if options.read_only else None)
+        self.integrity = Integrity(weights, self.trained, self.guard, group, options.verifies)
         self._weights = weights
         self._held = {id(p) for w in weights for p in w.parameters}
         give_back()  # the tensors that the parameters were built in

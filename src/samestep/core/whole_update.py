@@ -28,7 +28,7 @@ class WholeUpdate(Update):
         self._group = group
         self._chunks = weights.layout.chunks[group.worker.rank]
         self._owned = [piece.parameter for chunk in self._chunks for piece in chunk]
-        self._places: dict[Slot, torch.Tensor] = {}
+        self.places: dict[Slot, torch.Tensor] = {}
         self._told: dict[Slot, Any] = {}
         self._settings: list[dict[str, Any]] = []
         if optimizer.state:
@@ -66,7 +66,7 @@ class WholeUpdate(Update):
             for key, value in state.items():
                 slot = parameter, key
                 if isinstance(value, torch.Tensor):
-                    place = self._places.get(slot)
+                    place = self.places.get(slot)
                     if place is None or describe(place)[:2] != describe(value)[:2]:
                         fresh = True
                     elif place is not value:
@@ -105,7 +105,7 @@ class WholeUpdate(Update):
         return {index: full[index] for index in sorted(full)}
 
     def load(self, state: State) -> None:
-        self._places.clear()
+        self.places.clear()
         self._told.clear()
         self._optimizer.state.clear()
         for index, values in state.items():
@@ -123,7 +123,7 @@ class WholeUpdate(Update):
         wanted: dict[Slot, Description] = {}
         for parameter in self._owned:
             for key, value in self._optimizer.state.get(self._weights.parameters[parameter], {}).items():
-                if isinstance(value, torch.Tensor) and self._places.get((parameter, key)) is not value:
+                if isinstance(value, torch.Tensor) and self.places.get((parameter, key)) is not value:
                     dtype, shape, _ = describe(value)
                     wanted[parameter, key] = (dtype, shape, tuple(torch.empty_like(value).stride()))
         places = make_places(self._group, agree_on(self._group, wanted))
@@ -132,7 +132,7 @@ class WholeUpdate(Update):
         self._group.exchange(b"")
         for (parameter, key), place in places.items():
             self._optimizer.state[self._weights.parameters[parameter]][key] = place
-        self._places.update(places)
+        self.places.update(places)
 
     def _changed_settings(self) -> dict[int, dict[str, Any]]:
         changed = {}

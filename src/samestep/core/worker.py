@@ -15,6 +15,8 @@ class Wish(IntFlag):
     """Write a checkpoint where there is a folder for it, and leave."""
     SCALE = 4
     """Keep the state in memory, and leave."""
+    VERIFY = 8
+    """Fold the memory after this update, so that the next one finds what has changed in between."""
 
 
 def run_of(rank: int, num_workers: int, num_items: int) -> range:

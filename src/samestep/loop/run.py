@@ -95,6 +95,7 @@ class Run:
             buffers=buffers,
             many_arrivals=arrivals == "many",
             read_only=self._session.keeping.trace is not None,
+            verifies=self._session.verifies,
         )
         session = self._session
         session.conditions.begin(session.calls)
@@ -102,6 +103,7 @@ class Run:
         bound = agree if agree is not None else Synchronous()
         session.agreed = bound.bind(session.model, session.group, session.calls, session.clock, tolerance)
         session.keeper.resume()
+        session.model.integrity.watch()
         if session.keeping.checkpoint is not None:
             session.archive.prepare(session.keeping.checkpoint)
 
@@ -222,6 +224,7 @@ class Run:
                 model.attach(write=False)
             return
         session.calls.meet("run.edit", line_of_user())
+        model.integrity.verify(session.calls, "run.edit (verify)", f"at {line_of_user()}")
         model.guard.check()
         writes = self.worker.is_first or not session.group.shares_memory
         if not writes:
@@ -239,6 +242,7 @@ class Run:
         if not session.group.shares_memory:
             model.share_weights()
         model.guard.accept()
+        model.integrity.watch()
 
     def save(self, path: str) -> None:
         """Write a checkpoint of everything registered into folder `path`. It can be resumed from.

@@ -43,6 +43,7 @@ class Session:
         agreed: the live form of how replicas agree; None until then.
         whereabouts: says in which shard the script left the loop over them; empty if in none.
         num_reseeds: calls so far after which generators were seeded anew.
+        verifies: whether memory is looked at for flipped bits.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Session:
         self.whereabouts: Callable[[], str] = str
         self.num_reseeds = 0
         self.keeper = Keeper(self, supervision)
+        self.verifies = supervision.verifies
         self.feeds: dict[Any, Feed] = {}
         self._planned: dict[str, Any] = {}
 

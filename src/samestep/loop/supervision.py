@@ -29,9 +29,11 @@ class Supervision:
         snapshots: where the newest state is kept outside of the workers, or None.
         pulse: where the worker shows that it makes progress, or None.
         orders: what the supervisor wants of the run, or None.
+        verifies: whether memory is looked at for flipped bits.
     """
 
     reporter: Reporter = field(default_factory=Silent)
     snapshots: Snapshots | None = None
     pulse: Pulse | None = None
     orders: Orders | None = None
+    verifies: bool = True
