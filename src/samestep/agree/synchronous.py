@@ -187,8 +187,9 @@ class LiveSynchronous:
         met = self._calls.meet("step.update", request.where, value, presence or b"")
         self._clock.to("update")
         when = f"before the update of step {request.seeds[1]}"
-        integrity.verify(self._calls, "step.update (verify)", when, request.optimizer, [v[7] for v, _ in met])
-        self._model.guard.check()
+        folds_of = [v[7] for v, _ in met]
+        if not integrity.verify(self._calls, "step.update (verify)", when, request.optimizer, folds_of):
+            self._model.guard.check()
         self._check_terms(request, [v[0] for v, _ in met])
         losses = sorted((entry for v, _ in met for entry in v[1]))
         samples = {replica: count for v, _ in met for replica, count in v[3]}

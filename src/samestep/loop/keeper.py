@@ -12,16 +12,20 @@ same call, and leave at the end of the step, once the state is in files, or in m
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
+from pathlib import Path
 from typing import Any, Protocol
 
 from samestep.core.calls import Calls, Halted, line_of_user
 from samestep.core.clock import Clock
 from samestep.core.group import Group
+from samestep.core.integrity import Integrity
 from samestep.core.snapshot import FROM_MEMORY, Snapshots
 from samestep.core.worker import Wish
 from samestep.data.proof import SampleCount
-from samestep.errors import SettingsError, StorageError
+from samestep.errors import CheckpointError, SettingsError, StorageError
 from samestep.loop.archive import Archive
 from samestep.loop.feed import Feed
 from samestep.loop.mismatch import Conditions
@@ -51,6 +55,10 @@ class Kept(Protocol):
     @property
     def archive(self) -> Archive:
         """Saves and restores the model."""
+
+    @property
+    def integrity(self) -> Integrity:
+        """Finds bits that flipped."""
 
 
 class Keeper:
@@ -156,6 +164,9 @@ class Keeper:
             self.write(keeping.checkpoint, "after_step", keeping.keep)
         if self._snapshots is not None:
             self._snapshot_if_due(self._snapshots, at_once=scales and not stops)
+        if keeping.checkpoint is not None and keeping.every is not None:
+            # What the next checkpoint holds is to be looked at before.
+            self._run.integrity.insists = (done + 1) % keeping.every == 0
         # A stop may have been ordered while the state was kept in memory.
         late = scales and not stops and self._run.calls.heard(Wish.STOP)
         if keeping.checkpoint is not None and late and done != self._last_write:
@@ -179,17 +190,20 @@ class Keeper:
 
         Raises:
             StorageError: the disk did not take what the user asked to be saved. Otherwise it is told, and tried again.
+            IntegrityError: memory changed by itself since the last update.
         """
-        run = self._run
+        run, done = self._run, self._run.record.num_steps
+        run.integrity.verify(run.calls, "run.save (verify)", f"before the checkpoint of step {done}")
         try:
-            trouble = run.archive.save(folder, run.record.num_steps, self._facts(made_by, "run.save"), keep)
+            trouble = run.archive.save(folder, done, self._facts(made_by, "run.save"), keep)
         except StorageError as error:
             if made_by == "save":
                 raise
             run.record.saves.failed(error)
             return
+        run.integrity.withdraw_if_damaged(functools.partial(_set_aside, checkpoint.path_of(folder, done)))
         if folder == run.keeping.checkpoint:
-            self._last_write = run.record.num_steps
+            self._last_write = done
             run.record.saves.worked(self._last_write, trouble)
 
     def _resume_after_death(self) -> bool:
@@ -199,9 +213,14 @@ class Keeper:
         folder = self._run.keeping.checkpoint
         if saved is None and folder is not None and checkpoint.steps_in(folder):
             saved, _ = checkpoint.load_newest(folder)
+        for step in self._snapshots.damaged:
+            self._run.record.note(f"The state after step {step} that was kept in memory is damaged and not used.")
         if saved is None:
             return False
         self._begin_replay(saved)
+        for step in self._snapshots.damaged:
+            # Now that all have read, let it be written over first.
+            self._snapshots.withdraw(step)
         return True
 
     def _begin_replay(self, saved: checkpoint.Checkpoint) -> None:
@@ -215,7 +234,11 @@ class Keeper:
         """Keep the state in memory if the first worker asked for it in this step; let it ask for the next step."""
         run, begin = self._run, time.perf_counter()
         if run.calls.heard(Wish.SNAPSHOT) or at_once:
-            run.archive.snapshot(snapshots, run.record.num_steps, self._facts("after_step", "run.steps (snapshot)"))
+            done = run.record.num_steps
+            run.integrity.verify(run.calls, "run.steps (verify)", f"after the update of step {done - 1}")
+            run.archive.snapshot(snapshots, done, self._facts("after_step", "run.steps (snapshot)"))
+            # A bit may have flipped while it was copied.
+            run.integrity.withdraw_if_damaged(functools.partial(snapshots.withdraw, done))
             now = time.perf_counter()
             self._snapshot_due = now + max(_SNAPSHOT_SECONDS, _SNAPSHOT_SHARE * (now - begin))
         elif run.group.worker.is_first and begin >= self._snapshot_due:
@@ -232,6 +255,12 @@ class Keeper:
             "reads": [total.state_dict() for total in totals([value for value, _ in met])],
             "elapsed": run.clock.elapsed(),
         }
+
+
+def _set_aside(path: Path) -> None:
+    """Rename a checkpoint that may hold what is wrong; another worker may have done it."""
+    with contextlib.suppress(CheckpointError):
+        checkpoint.set_aside(path)
 
 
 def totals(reads: list[list[dict[str, int]]]) -> list[SampleCount]:

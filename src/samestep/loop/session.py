@@ -11,6 +11,7 @@ import torch
 from samestep.core.calls import Calls, Halted, line_of_user
 from samestep.core.clock import Clock
 from samestep.core.group import Group
+from samestep.core.integrity import Integrity
 from samestep.core.model import Model
 from samestep.core.randomness import seed_evaluation
 from samestep.errors import MismatchError, StorageError, UsageError
@@ -80,6 +81,12 @@ class Session:
         """Saves and restores the model."""
         assert self.model is not None
         return Archive(self.model, self.group)
+
+    @property
+    def integrity(self) -> Integrity:
+        """Finds bits that flipped."""
+        assert self.model is not None
+        return self.model.integrity
 
     @property
     def replaying(self) -> bool:
@@ -194,6 +201,7 @@ class Session:
         self.keeper.at_end()
         weights = tensors_digest(self.model.named_tensors())
         states = [trained.update.full_state() for trained in self.model.trained]
+        self.integrity.verify(self.calls, "the end of main (verify)", "at the end of the run")
         mine = {"weights": weights, "reads": [feed.read.state_dict() for feed in self.feeds.values()]}
         met = self.calls.meet("the end of main", "", {**self.record.facts(), **mine})
         parts = [value for value, _ in met]
@@ -225,6 +233,7 @@ class Session:
             "snapshot_bytes": self.keeper.num_snapshot_bytes,
             "logged": self.record.logged,
             "notes": self.record.notes,
+            **self.integrity.facts(),
             **combined(parts),
         }
 
