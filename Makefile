@@ -17,9 +17,10 @@ test: .venv/ready
 bench: .venv/ready
 	$(BIN)/python benchmarks/compare.py
 
-# The long forms: N trainings under random deaths, N damaged checkpoints, and the tests that `make test` leaves out.
+# The long forms: N trainings under random deaths, N with a flipped bit, N damaged checkpoints, and the tests that `make test` leaves out.
 chaos: .venv/ready
 	$(BIN)/python tests/faults/campaign.py --cases $(N)
+	$(BIN)/python tests/faults/flip_campaign.py --cases $(N)
 	$(BIN)/python -m tests.faults.checkpoint_campaign --cases $(N)
 	$(BIN)/python -m pytest -q --long -m long
 

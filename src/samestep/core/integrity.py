@@ -206,7 +206,9 @@ class Integrity:
             advice = "If that comes again, test this machine's memory."
         else:
             others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-            words = f"Memory was overwritten: {what}{others} changed outside of an update; worker {rank} found it {when}."
+            words = (
+                f"Memory was overwritten: {what}{others} changed outside of an update; worker {rank} found it {when}."
+            )
             advice = (
                 "Look for native code that writes where it must not, or for a write to weights or to optimizer state "
                 "through .data or NumPy; weights can be changed in `with run.edit():`."
@@ -236,7 +238,9 @@ class Integrity:
         for weights in self._weights:
             starts = {
                 offset: f"the parameter {name!r}"
-                for offset, shape, name in zip(weights.layout.offsets, weights.layout.shapes, weights.names, strict=True)
+                for offset, shape, name in zip(
+                    weights.layout.offsets, weights.layout.shapes, weights.names, strict=True
+                )
                 if shape.num_elements
             }
             memories.append(_Memory(weights.memory, starts, rank, size))
@@ -247,10 +251,11 @@ class Integrity:
                     name = f"the optimizer state {key!r} of {updated.weights.names[parameter]!r}"
                     by_storage.setdefault(place.untyped_storage().data_ptr(), []).append((place, name))
         for held in by_storage.values():
-            begins = [place.storage_offset() * place.element_size() for place, _ in held]
+            begins = [int(place.storage_offset()) * place.element_size() for place, _ in held]
             first = min(begins)
             stop = max(b + align(p.numel() * p.element_size()) for b, (p, _) in zip(begins, held, strict=True))
-            memory = torch.empty(0, dtype=torch.uint8).set_(held[0][0].untyped_storage(), first, (stop - first,))
+            storage = held[0][0].untyped_storage()
+            memory = torch.empty(0, dtype=torch.uint8).set_(storage)[first:stop]
             starts = {begin - first: name for begin, (_, name) in zip(begins, held, strict=True)}
             memories.append(_Memory(memory, starts, rank, size, held[0][0]))
         return memories

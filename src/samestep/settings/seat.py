@@ -142,9 +142,7 @@ def take_part_in_group(main: Main, asked: Options, audience: Any) -> Any:
     join = ProcessGroup if torch.distributed.is_initialized() else ProcessGroup.join
     group = join(replace(worker, device=device), staged=staged)
     try:
-        supervision = Supervision(
-            reporter=audience.reporter(worker.is_first), verifies=asked.protect is not False
-        )
+        supervision = Supervision(reporter=audience.reporter(worker.is_first), verifies=asked.protect is not False)
         result, facts = play(main, asked, group, supervision)
     finally:
         group.close()
