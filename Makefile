@@ -17,11 +17,12 @@ test: .venv/ready
 bench: .venv/ready
 	$(BIN)/python benchmarks/compare.py
 
-# The long forms: N trainings under random deaths, a kill at every line of the protocol, N damaged checkpoints, and the
-# tests that `make test` leaves out. 20 minutes under faults: benchmarks/soak.py.
+# The long forms: N trainings under random deaths, a kill at every line of the protocol, N trainings with a flipped bit,
+# N damaged checkpoints, and the tests that `make test` leaves out. 20 minutes under faults: benchmarks/soak.py.
 chaos: .venv/ready
 	$(BIN)/python tests/faults/campaign.py --cases $(N)
 	$(BIN)/python -m tests.faults.points --all
+	$(BIN)/python tests/faults/flip_campaign.py --cases $(N)
 	$(BIN)/python -m tests.faults.checkpoint_campaign --cases $(N)
 	$(BIN)/python -m pytest -q --long -m long
 

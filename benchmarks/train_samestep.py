@@ -8,6 +8,7 @@ from stopwatch import Stopwatch, tell
 from workloads import WORKLOADS, optimizer_of
 
 import samestep
+from samestep.core.integrity import Integrity
 
 
 def main(run: samestep.Run, args: argparse.Namespace) -> None:
@@ -33,5 +34,8 @@ if __name__ == "__main__":
     parser.add_argument("--workload", choices=WORKLOADS, required=True)
     parser.add_argument("--warm", type=int, default=4, help="steps before the timed ones")
     parser.add_argument("--steps", type=int, required=True, help="timed steps")
+    parser.add_argument("--unverified", action="store_true", help="do not look for flipped bits")
     chosen = parser.parse_args()
+    if chosen.unverified:
+        Integrity.watch = lambda self, wanted=True: None  # type: ignore[method-assign]
     samestep.launch(lambda run: main(run, chosen))

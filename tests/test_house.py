@@ -27,6 +27,7 @@ PUBLIC = [
     "CheckpointError",
     "DataError",
     "EditedWeightsError",
+    "IntegrityError",
     "MismatchError",
     "NonFiniteError",
     "PeerError",

@@ -31,6 +31,10 @@ class EditedWeightsError(SamestepError, RuntimeError):
     """Weights were changed outside `update` and outside `run.edit()`."""
 
 
+class IntegrityError(SamestepError, RuntimeError):
+    """Memory that must not change has changed: a flipped bit, or a stray write."""
+
+
 class CheckpointError(SamestepError, RuntimeError):
     """A checkpoint could not be written, read or verified."""
 

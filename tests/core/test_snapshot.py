@@ -68,3 +68,31 @@ def test_without_room_for_two_one_is_used(snapshots, monkeypatch):
         keep(snapshots, step)
         assert snapshots.newest().step == step
     assert os.fstat(snapshots._memories[1]).st_size == 0
+
+
+def flip(snapshots, number, at):
+    os.pwrite(snapshots._memories[number], bytes([os.pread(snapshots._memories[number], 1, at)[0] ^ 4]), at)
+
+
+@pytest.mark.parametrize("at", [0, 3, 9, 40, 300, 700, -1])
+def test_a_flipped_bit_is_found_and_the_older_one_taken(snapshots, at):
+    keep(snapshots, 1)
+    num_bytes = keep(snapshots, 2)
+    number = snapshots._words.tolist().index(2)
+    flip(snapshots, number, at % num_bytes)
+    assert snapshots.newest().step == 1 and snapshots.damaged == [2]
+    flip(snapshots, number, at % num_bytes)
+    assert snapshots.newest().step == 2 and snapshots.damaged == []
+    flip(snapshots, number, at % num_bytes)
+    flip(snapshots, 1 - number, 77)
+    assert snapshots.newest() is None and snapshots.damaged == [2, 1]
+
+
+def test_what_is_withdrawn_is_written_over_first(snapshots):
+    keep(snapshots, 1)
+    keep(snapshots, 2)
+    snapshots.withdraw(2)
+    assert snapshots.newest().step == 1 and snapshots.damaged == []
+    keep(snapshots, 3)
+    snapshots.withdraw(3)
+    assert snapshots.newest().step == 1

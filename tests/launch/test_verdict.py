@@ -1,5 +1,6 @@
 import signal
 
+from samestep.errors import IntegrityError
 from samestep.launching.failure import Failure
 from samestep.launching.verdict import Action, Verdict
 
@@ -150,3 +151,11 @@ def test_an_error_that_may_pass_gets_no_second_try_when_the_run_is_to_end():
     verdict.failed(Failure(kind="OSError", message="busy", rank=0, may_pass=True))
     outcome = verdict.outcome()
     assert (outcome.code, outcome.died, outcome.has_failed) == (1, None, True)
+
+
+def test_a_flipped_bit_is_told_in_its_own_words():
+    verdict = Verdict(2)
+    for rank in range(2):
+        verdict.failed(Failure.of(IntegrityError("A bit flipped."), rank))
+    outcome = verdict.outcome()
+    assert outcome.died == "A bit flipped." and outcome.error == "IntegrityError: A bit flipped."

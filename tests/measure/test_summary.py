@@ -125,3 +125,9 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(SettingsError, match="folder"):
         summary.store(FACTS, str(tmp_path / "folder"))
     assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+
+
+def test_it_tells_how_many_updates_were_looked_at():
+    facts = {**FACTS, "updates": 3000, "updates_verified": 2934}
+    assert "no bit flipped before 2,934 of 3,000 updates" in shown(facts)
+    assert "memory checks" not in shown({**facts, "updates_verified": 0}) and "memory checks" not in shown(FACTS)

@@ -31,6 +31,7 @@ from samestep.core.model import Model, Trained
 from samestep.core.norms import block_squares
 from samestep.core.optimizers import fingerprint, settings_of
 from samestep.core.randomness import seed_transform
+from samestep.core.worker import Wish
 from samestep.errors import MismatchError, UsageError
 from samestep.storage import wire
 
@@ -191,6 +192,7 @@ class LiveSynchronous:
         Raises:
             EditedWeightsError: weights were changed outside of it.
             DataError: more samples were left out than are allowed.
+            IntegrityError: memory changed by itself since the update before.
             NonFiniteError: a loss or gradient is NaN or infinite, and the update may not be skipped.
             UsageError, MismatchError: the workers' parts do not fit together.
         """
@@ -202,6 +204,10 @@ class LiveSynchronous:
         terms += [request.seeds[1], request.num_samples, self.tolerance.rule, self.allowance.rule]
         bad = [[trained.replicas[shard], *which] for shard, *which in trained.gradients.not_finite()]
         seen = [bad, trained.gradients.finite.huge]
+        integrity = self._model.integrity
+        folds = integrity.publish(request.optimizer)
+        if self._group.worker.is_first and integrity.is_due:
+            self._calls.ask(Wish.VERIFY)
         value = [
             terms,
             part.losses,
@@ -212,10 +218,14 @@ class LiveSynchronous:
             seen,
             part.read,
             part.bad,
+            folds,
         ]
         met = self._calls.meet("step.update", request.where, value, presence or b"")
         self._clock.to("update")
-        self._model.guard.check()
+        when = f"before the update of step {request.seeds[1]}"
+        folds_of = [v[9] for v, _ in met]
+        if not integrity.verify(self._calls, "step.update (verify)", when, request.optimizer, folds_of):
+            self._model.guard.check()
         self._check_terms(request, [v[0] for v, _ in met])
         losses = sorted((entry for v, _ in met for entry in v[1]))
         samples = {replica: count for v, _ in met for replica, count in v[3]}
@@ -244,6 +254,8 @@ class LiveSynchronous:
         else:
             self._model.buffers.merge(samples, {r for v, _ in met for r in v[5]})
             self._commit(request, trained, reduced if problem is None else None)
+        # A snapshot at the end of this step is to hold what was looked at.
+        integrity.updated(self._calls.heard(Wish.VERIFY) or self._calls.stands(Wish.SNAPSHOT))
         loss = math.fsum(loss * count for _, loss, count in losses) / total / request.scale if total else math.nan
         weights = samples if not counted else _summed(losses)
         means = {name: _mean(met, name, weights) for name in sorted({n for v, _ in met for n in v[4]})}

@@ -50,7 +50,7 @@ class Calls:
         self._group = group
         self._clock = clock
         self._orders = orders
-        self._halted: Halted | None = None
+        self._halted: BaseException | None = None
         self._asked = 0
         self._heard = 0
         self.number = 0
@@ -76,7 +76,11 @@ class Calls:
         """Take over the `position` of another worker."""
         self.number, self._heard = position
 
-    def halt(self, reason: Halted) -> NoReturn:
+    def stands(self, request: int) -> bool:
+        """Return what `heard` would, without taking it as heard."""
+        return bool(self._heard & request)
+
+    def halt(self, reason: BaseException) -> NoReturn:
         """Leave the user's code by raising `reason`; should it be swallowed, every later call raises it again."""
         self._halted = reason
         raise reason

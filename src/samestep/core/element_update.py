@@ -31,7 +31,7 @@ class ElementUpdate(Update):
         self._optimizer = optimizer
         self._weights = weights
         self._group = group
-        self._places = Places(group, name)
+        self.places = Places(group, name)
         self._bare_step = _without_hooks(type(optimizer).step)
         self._cut()
         if optimizer.state:
@@ -54,16 +54,16 @@ class ElementUpdate(Update):
 
     def reseat(self) -> None:
         self._cut()
-        self._places.reseat()
+        self.places.reseat()
         keys: dict[int, list[str]] = {}
-        for parameter, key in self._places.found:
+        for parameter, key in self.places.found:
             keys.setdefault(parameter, []).append(key)
         for piece, shadow in self._pairs:
             for key in keys.get(piece.parameter, ()):
-                place = self._places.found[piece.parameter, key]
+                place = self.places.found[piece.parameter, key]
                 place = _place_of(piece, place, place) if place.dim() or not piece.start else place.clone()
                 self._twin.state[shadow][key] = self._known[piece][key] = place
-        self._show(self._places.found)
+        self._show(self.places.found)
         # None may go on to an update before all have read what they take over.
         self._group.exchange(b"")
 
@@ -102,7 +102,7 @@ class ElementUpdate(Update):
             self._fused = [FusedAdam.of(s, self._twin.state) if len(g) == 1 else None for s, g in pairs]
 
     def was_cleared(self) -> bool:
-        return bool(self._places.found) and not self._optimizer.state
+        return bool(self.places.found) and not self._optimizer.state
 
     def full_state(self) -> State:
         if self._group.shares_memory:
@@ -126,7 +126,7 @@ class ElementUpdate(Update):
     def load(self, state: State) -> None:
         self._twin.state.clear()
         self._states = self._fused = None
-        self._places.clear()
+        self.places.clear()
         self._optimizer.state.clear()
         for piece, shadow in self._pairs:
             self._known[piece] = {}
@@ -173,7 +173,7 @@ class ElementUpdate(Update):
             for key, value in self._twin.state.get(shadow, {}).items():
                 if key not in self._known[piece]:
                     wanted[piece.parameter, key] = _description(self._weights.views[piece.parameter], value)
-        places = self._places.add(wanted)
+        places = self.places.add(wanted)
         for piece, shadow in self._pairs:
             state = self._twin.state.get(shadow, {})
             for key, value in list(state.items()):

@@ -75,6 +75,15 @@ class Guard:
         Raises:
             EditedWeightsError: a weight was replaced or edited; names it.
         """
+        self.check_traces()
+        self.check_samples()
+
+    def check_traces(self) -> None:
+        """Look for edits that PyTorch knows of: the same on every worker.
+
+        Raises:
+            EditedWeightsError: a weight was replaced or edited; names it.
+        """
         for place, key, parameter, name in self._hooks:
             if place.get(key) is not parameter:
                 raise EditedWeightsError(f"{name!r} was replaced by another object after run.replicate. {_ADVICE}")
@@ -85,6 +94,13 @@ class Guard:
         if [p._version for p in self._parameters] != self._versions:
             name = next(n for (n, p), v in zip(self._named, self._versions, strict=True) if p._version != v)
             raise EditedWeightsError(f"{name!r} was edited in place outside update. {_ADVICE}")
+
+    def check_samples(self) -> None:
+        """Look at a few elements of what this worker owns.
+
+        Raises:
+            EditedWeightsError: one of them changed; names its parameter.
+        """
         for samples in self._samples:
             samples.check()
 

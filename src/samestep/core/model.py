@@ -19,9 +19,11 @@ from samestep.core.fold import Fold, HeldFold
 from samestep.core.gradients import Gradients
 from samestep.core.group import GradientArea, Group
 from samestep.core.guard import Guard
+from samestep.core.integrity import Integrity
 from samestep.core.layout import GRANULE, PIECE, Layout, lay_out
 from samestep.core.memory import check_fits, give_back
 from samestep.core.optimizers import Kind, kind_of, settings_of
+from samestep.core.places import Slot
 from samestep.core.update import Update
 from samestep.core.weights import Weights, check_separate, shape_of
 from samestep.core.whole_update import WholeUpdate
@@ -41,6 +43,7 @@ class Options:
         buffers: how buffers of replicas are merged (see `Buffers`).
         many_arrivals: fold every gradient at the end of its shard.
         read_only: between updates a write to the weights kills the worker, where the group can do that.
+        verifies: whether memory is looked at for flipped bits.
     """
 
     num_replicas: int
@@ -48,6 +51,7 @@ class Options:
     buffers: Rule | Mapping[str, Rule] = "mean"
     many_arrivals: bool = False
     read_only: bool = False
+    verifies: bool = True
 
 
 class Trained:
@@ -57,7 +61,8 @@ class Trained:
         optimizer: the user's.
         weights, gradients, sums, update: its mechanism; see their classes.
         replicas: those this worker plays.
-        num_nodes: for each worker, how many nodes of the tree it folds.
+        nodes: for each worker, the nodes of the tree that it folds.
+        num_nodes: for each worker, how many.
         area_bytes: gradient memory of all workers of the group.
     """
 
@@ -119,7 +124,8 @@ class Trained:
         runs = [run_of(w, size, num_replicas) for w in range(size)]
         scripts = [tree.script_of(run, num_replicas) for run in runs]
         self.replicas = runs[rank]
-        self.num_nodes = [len(s.nodes) for s in scripts]
+        self.nodes = [s.nodes for s in scripts]
+        self.num_nodes = [len(nodes) for nodes in self.nodes]
         self.area_bytes = sum(s.num_buffers for s in scripts) * layout.sum_bytes
         self.area: GradientArea | None = None
         if size > 1:
@@ -158,6 +164,11 @@ class Trained:
             }
             self.update.load(state)
 
+    @property
+    def places(self) -> Mapping[Slot, torch.Tensor]:
+        """Optimizer state, as far as it lies in the group's memory."""
+        return self.update.places.found
+
     def state_bytes(self) -> int:
         """Return bytes of optimizer state tensors that this worker sees."""
         seen = (v for s in self.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor))
@@ -178,7 +189,7 @@ class Model:
         trained: one per optimizer.
         modules: (prefix of names, module), in the order given.
         others: schedulers, scalers and alike: registered for checkpoints only.
-        buffers, guard: see their classes.
+        buffers, guard, integrity: see their classes.
     """
 
     def __init__(self, things: Sequence[Any], group: Group, options: Options):
@@ -213,6 +224,7 @@ class Model:
         self._weights = [t.weights for t in self.trained] + self._frozen
         self._held = {id(p) for w in self._weights for p in w.parameters}
         self.guard = self._watch()
+        self.integrity = Integrity(self._weights, self.trained, self.guard, group, options.verifies)
         give_back()  # the tensors that the parameters were built in
 
     def reseat(self) -> None:
@@ -227,6 +239,7 @@ class Model:
             weights.reseat(self._group, lay_out(weights.layout.shapes, self._group.worker.size))
         self.buffers.reseat()
         self.guard = self._watch()
+        self.integrity.reseat(self.guard)
 
     def _watch(self) -> Guard:
         modules = [module for _, module in self.modules]

@@ -2,10 +2,12 @@
 
 The supervisor makes it before it forks the workers, and holds it. The first worker writes: the same tensors and facts
 as a checkpoint holds. Two memories are written in turn where there is room for both, so that a death while one is
-written leaves the other.
+written leaves the other. So does a bit that flips in one: each carries a fold of what was written, which is compared
+when it is read.
 
     control: [0] [1] serial number of what is in each memory, 0 while it is written | [2] calls recorded so far
-             [3] number of the newest offer to workers that join | its length | its JSON
+             [3] [4] committed steps | [5] [6] bytes written | [7] [8] their fold (`integrity`)
+             [9] number of the newest offer to workers that join | its length | its JSON
     memory:  length of the head | head (`wire`) | tensors, each on 64 bytes
 """
 
@@ -21,21 +23,30 @@ from typing import Any
 import torch
 
 from samestep.core.group import align
+from samestep.core.integrity import fold
 from samestep.core.memory import available_bytes
 from samestep.storage import wire
 from samestep.storage.checkpoint import Checkpoint
 
 FROM_MEMORY = Path("memory")
 """The path of a checkpoint that was never in a file."""
-_OFFER = 64
+_OFFER, _OFFER_TEXT = 9, 128
+"""A control word, and a byte of the control page."""
 _ROOMY = 8
 """Both memories are used where they take less than this part of what is free."""
+_STEP, _LENGTH, _FOLD = 3, 5, 7
+"""Where the control words of the first memory are; the second's follow."""
 
 
 class Snapshots:
-    """Room for the newest snapshot of one launch call after the other."""
+    """Room for the newest snapshot of one launch call after the other.
+
+    Attributes:
+        damaged: committed steps of the snapshots that `newest` passed over, because they are not as they were written.
+    """
 
     def __init__(self) -> None:
+        self.damaged: list[int] = []
         self._memories = [os.memfd_create(f"samestep-snapshot-{i}", os.MFD_CLOEXEC) for i in range(2)]
         self._control = mmap.mmap(-1, 16 * mmap.PAGESIZE)
         self._words = memoryview(self._control).cast("q")
@@ -53,14 +64,14 @@ class Snapshots:
     def offer(self, facts: dict[str, Any]) -> None:
         """Let workers that join know that the newest snapshot is where they come in; `facts` are JSON values."""
         text = json.dumps(facts).encode()
-        self._words[4] = len(text)
-        self._control[_OFFER : _OFFER + len(text)] = text
-        self._words[3] += 1
+        self._words[_OFFER + 1] = len(text)
+        self._control[_OFFER_TEXT : _OFFER_TEXT + len(text)] = text
+        self._words[_OFFER] += 1
 
     def offered(self) -> tuple[int, dict[str, Any]]:
         """Return the number of the newest offer (0: there was none), and what it said."""
-        number = self._words[3]
-        return number, json.loads(self._control[_OFFER : _OFFER + self._words[4]]) if number else {}
+        number, length = self._words[_OFFER], self._words[_OFFER + 1]
+        return number, json.loads(self._control[_OFFER_TEXT : _OFFER_TEXT + length]) if number else {}
 
     @property
     def num_bytes(self) -> int:
@@ -102,24 +113,33 @@ class Snapshots:
         memory[: 8 + len(head)] = len(head).to_bytes(8, "little") + head
         for index, tensor in tensors.values():
             _place(memory, start, places[index]).copy_(tensor.detach())
+        self._words[_STEP + number] = step
+        self._words[_LENGTH + number] = start + end
+        self._words[_FOLD + number] = fold(memory, start + end)
         self._words[number] = serial
         return start + end
 
+    def withdraw(self, step: int) -> None:
+        """Forget what was kept after `step`: it may hold what is wrong. Any worker may say so."""
+        for number in range(2):
+            if self._words[_STEP + number] == step:
+                self._words[number] = 0
+
     def newest(self) -> Checkpoint | None:
-        """Return the newest whole snapshot, or None. Its tensors lie in the snapshot's memory: copy them out."""
-        number = 0 if self._words[0] > self._words[1] else 1
-        if not self._words[number]:
-            return None
-        length = os.fstat(self._memories[number]).st_size
-        memory = mmap.mmap(self._memories[number], length)
-        size = int.from_bytes(memory[:8], "little")
-        head = wire.unpack(memory[8 : 8 + size])
-        start = align(8 + size)
-        tensors = [_place(memory, start, place) for place in head["places"]]
-        weights, state = ({name: tensors[i] for name, i in head[role]} for role in ("weights", "state"))
-        return Checkpoint(
-            path=FROM_MEMORY, step=head["step"], weights=weights, state=state, facts=head["facts"], weights_digest=""
-        )
+        """Return the newest whole snapshot that is as it was written, or None.
+
+        Its tensors lie in the snapshot's memory: copy them out.
+        """
+        self.damaged = []
+        for number in sorted(range(2), key=lambda n: -self._words[n]):
+            if not self._words[number]:
+                continue
+            memory = mmap.mmap(self._memories[number], 0)
+            length = self._words[_LENGTH + number]
+            if 0 < length <= len(memory) and fold(memory, length) == self._words[_FOLD + number]:
+                return _read(memory)
+            self.damaged.append(self._words[_STEP + number])
+        return None
 
     def close(self) -> None:
         """Give the memory back."""
@@ -142,6 +162,18 @@ class Snapshots:
             os.ftruncate(self._memories[number], -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE)
             memory = self._maps[number] = mmap.mmap(self._memories[number], 0)
         return memory
+
+
+def _read(memory: mmap.mmap) -> Checkpoint:
+    """Return what a memory holds."""
+    size = int.from_bytes(memory[:8], "little")
+    head = wire.unpack(memory[8 : 8 + size])
+    start = align(8 + size)
+    tensors = [_place(memory, start, place) for place in head["places"]]
+    weights, state = ({name: tensors[i] for name, i in head[role]} for role in ("weights", "state"))
+    return Checkpoint(
+        path=FROM_MEMORY, step=head["step"], weights=weights, state=state, facts=head["facts"], weights_digest=""
+    )
 
 
 def _place(memory: mmap.mmap, start: int, place: list) -> torch.Tensor:

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
+from samestep.core.places import Places
+
 State = dict[int, dict[str, Any]]
 """Optimizer state: for each parameter index, tensors and numbers by key."""
 
@@ -24,7 +26,13 @@ class Sums(Protocol):
 
 
 class Update(ABC):
-    """One worker's part of updating one optimizer's parameters."""
+    """One worker's part of updating one optimizer's parameters.
+
+    Attributes:
+        places: the optimizer's state tensors, as far as they lie in memory that all workers see.
+    """
+
+    places: Places
 
     @abstractmethod
     def apply(self, sums: Sums, absent: Any, factor: float) -> None:

@@ -26,7 +26,7 @@ class WholeUpdate(Update):
         self._optimizer = optimizer
         self._weights = weights
         self._group = group
-        self._places = Places(group, name)
+        self.places = Places(group, name)
         self._cut()
         self._told: dict[Slot, Any] = {}
         self._settings: list[dict[str, Any]] = []
@@ -40,9 +40,9 @@ class WholeUpdate(Update):
 
     def reseat(self) -> None:
         self._cut()
-        self._places.reseat()
+        self.places.reseat()
         self._told.clear()
-        for (parameter, key), place in self._places.found.items():
+        for (parameter, key), place in self.places.found.items():
             self._optimizer.state[self._weights.parameters[parameter]][key] = place
 
     def apply(self, sums: Sums, absent: Any, factor: float) -> None:
@@ -77,7 +77,7 @@ class WholeUpdate(Update):
             for key, value in state.items():
                 slot = parameter, key
                 if isinstance(value, torch.Tensor):
-                    place = self._places.found.get(slot)
+                    place = self.places.found.get(slot)
                     if place is None or describe(place)[:2] != describe(value)[:2]:
                         fresh = True
                     elif place is not value:
@@ -116,7 +116,7 @@ class WholeUpdate(Update):
         return {index: full[index] for index in sorted(full)}
 
     def load(self, state: State) -> None:
-        self._places.clear()
+        self.places.clear()
         self._told.clear()
         self._optimizer.state.clear()
         for index, values in state.items():
@@ -134,10 +134,10 @@ class WholeUpdate(Update):
         wanted: dict[Slot, Description] = {}
         for parameter in self._owned:
             for key, value in self._optimizer.state.get(self._weights.parameters[parameter], {}).items():
-                if isinstance(value, torch.Tensor) and self._places.found.get((parameter, key)) is not value:
+                if isinstance(value, torch.Tensor) and self.places.found.get((parameter, key)) is not value:
                     dtype, shape, _ = describe(value)
                     wanted[parameter, key] = (dtype, shape, tuple(torch.empty_like(value).stride()))
-        places = self._places.add(wanted)
+        places = self.places.add(wanted)
         for slot in wanted:
             places[slot].copy_(self._optimizer.state[self._weights.parameters[slot[0]]][slot[1]])
         self._group.exchange(b"")

@@ -19,6 +19,8 @@ class Wish(IntFlag):
     """Take in workers that are ready, at the end of the step."""
     ANSWER = 16
     """Look who is gone: somebody has died whom nobody waits for."""
+    VERIFY = 32
+    """Fold the memory after this update, so that the next one finds what has changed in between."""
 
 
 def run_of(rank: int, num_workers: int, num_items: int) -> range:

@@ -8,7 +8,7 @@ import traceback
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from samestep.errors import PeerError, SamestepError
+from samestep.errors import IntegrityError, PeerError, SamestepError
 from samestep.guarding.crash import Crash
 
 SETTINGS_CODE = 2
@@ -29,7 +29,7 @@ class Failure:
         code: exit code of the run.
         of_samestep: the message is samestep's own, so it stands on its own.
         of_peer: the failure only says that another worker is gone.
-        may_pass: it may not come again: of the operating system, of memory, of a device.
+        may_pass: it may not come again: of the operating system, of memory, of a device, a flipped bit.
     """
 
     kind: str = ""
@@ -119,6 +119,8 @@ class Failure:
 
 def _may_pass(error: BaseException) -> bool:
     """Return whether it is worth while to try again, after an error of the script or of its data."""
+    if isinstance(error, IntegrityError):
+        return True
     if isinstance(error, SamestepError):
         return error.__cause__ is not None and _may_pass(error.__cause__)
     return isinstance(error, OSError | MemoryError | RuntimeError) and not isinstance(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
+from samestep.errors import IntegrityError
 from samestep.guarding.crash import Crash
 from samestep.launching.failure import Failure
 
@@ -187,6 +188,8 @@ class Verdict:
 
 def _in_short(cause: Failure) -> str | None:
     """Say in a sentence why a worker is gone, if the run may go on without what went wrong."""
+    if cause.may_pass and cause.kind == IntegrityError.__name__:
+        return cause.message
     if cause.kind:
         return f"Worker {cause.rank} had a {cause.kind}: {cause.message}." if cause.may_pass else None
     return cause.message.partition(":")[0] + "."

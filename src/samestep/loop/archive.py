@@ -113,6 +113,9 @@ class Archive:
         for prefix, module in self._model.modules:
             for path, extra in facts["extras"].get(prefix, {}).items():
                 module.get_submodule(path).set_extra_state(extra)
+        self._group.exchange(b"")
+        self._model.guard.accept()
+        self._model.integrity.watch()
 
     def _first(self, act: Callable[[], Any]) -> CheckpointError | None:
         """Let the first worker act; return on every worker the error that this ended with. Collective."""

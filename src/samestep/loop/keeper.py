@@ -12,17 +12,22 @@ same call, and leave at the end of the step, once the state is in files, or in m
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 from samestep.core.calls import Calls, Halted, line_of_user
 from samestep.core.clock import Clock
 from samestep.core.group import Group
+from samestep.core.integrity import Integrity
 from samestep.core.snapshot import FROM_MEMORY, Snapshots
 from samestep.core.worker import Wish
-from samestep.errors import SettingsError, StorageError
+from samestep.errors import CheckpointError, SettingsError, StorageError
 from samestep.loop.archive import Archive
+from samestep.loop.crew import Crew
 from samestep.loop.mismatch import Conditions
 from samestep.loop.newcomer import Newcomer, let_in, who_joins
 from samestep.loop.recipe import Keeping
@@ -46,6 +51,7 @@ class Kept(Protocol):
     ledger: Ledger
     record: Record
     conditions: Conditions
+    crew: Crew
 
     @property
     def archive(self) -> Archive:
@@ -54,15 +60,17 @@ class Kept(Protocol):
     def of_first(self, kind: str, make: Callable[[], Any]) -> Any:
         """Return on every worker what `make` gives on the first."""
 
-    def surviving(self, act: Callable[[], Any]) -> Any:
-        """Return what `act` gives, also where a worker dies meanwhile."""
-
-    def regroup(self, joining: Sequence[int] = (), offer: dict[str, Any] | None = None) -> None:
-        """Divide the work anew."""
+    @property
+    def integrity(self) -> Integrity:
+        """Finds bits that flipped."""
 
 
 class Keeper:
-    """One worker's side of keeping a run."""
+    """One worker's side of keeping a run.
+
+    Attributes:
+        newcomer: brings this worker into a run that is under way; None once, or where, it is a member.
+    """
 
     def __init__(self, run: Kept, supervision: Supervision):
         """Keep `run`, also in memory if `supervision` has any, and end it when its orders say so."""
@@ -70,10 +78,10 @@ class Keeper:
         self._snapshots = snapshots = supervision.snapshots
         self._orders = supervision.orders
         self._reporter = supervision.reporter
-        self._newcomer: Newcomer | None = None
+        self.newcomer: Newcomer | None = None
         if supervision.joins:
             assert snapshots is not None
-            self._newcomer = Newcomer(run, snapshots, supervision.reporter)
+            self.newcomer = Newcomer(run, snapshots, supervision.reporter)
         self._saved: checkpoint.Checkpoint | None = None
         self._last_write = -1
         self._snapshot_due = 0.0
@@ -84,11 +92,6 @@ class Keeper:
     def saved(self) -> checkpoint.Checkpoint | None:
         """What the run goes on from, until the script has come to the point where it was made."""
         return self._saved
-
-    @property
-    def joins(self) -> bool:
-        """Whether this worker is not yet a member of the run."""
-        return self._newcomer is not None
 
     @property
     def num_snapshot_bytes(self) -> int:
@@ -106,8 +109,8 @@ class Keeper:
         Raises:
             CheckpointError: there is no good one. MismatchError: see `Conditions.resume`.
         """
-        if self._newcomer is not None:
-            self._begin_replay(self._newcomer.first())
+        if self.newcomer is not None:
+            self._begin_replay(self.newcomer.first())
             return
         if self._num_known and self._resume_after_death():
             return
@@ -148,8 +151,8 @@ class Keeper:
         saved = self._saved
         if saved is None or self._run.ledger.replaying or saved.facts["made_by"] != made_by:
             return False
-        if self._newcomer is not None:
-            return self._come_in(self._newcomer)
+        if self.newcomer is not None:
+            return self._come_in(self.newcomer)
         self._saved = None
         self._run.archive.restore(saved)
         self._run.clock.add(saved.facts["elapsed"])
@@ -175,7 +178,7 @@ class Keeper:
         scales = self._run.calls.heard(Wish.SCALE) and self._snapshots is not None
         joins = self._run.calls.heard(Wish.JOIN)
         if self._run.calls.heard(Wish.ANSWER):
-            self._run.regroup()
+            self._run.crew.regroup()
         if (stops or scales) and self._orders is not None and self._run.group.worker.is_first:
             self._orders.reached()
         due = last or stops or (keeping.every is not None and done % keeping.every == 0)
@@ -185,7 +188,8 @@ class Keeper:
             joining = who_joins(self._run, self._orders) if joins and not last and not stops and not scales else []
             self._snapshot_if_due(self._snapshots, at_once=bool(joining) or (scales and not stops))
             if joining:
-                let_in(self._run, self._snapshots, joining, self._last_write)
+                let_in(self._run, self._snapshots, joining, done, self._last_write)
+        self._insist()
         # A stop may have been ordered while the state was kept in memory.
         late = scales and not stops and self._run.calls.heard(Wish.STOP)
         if keeping.checkpoint is not None and late and done != self._last_write:
@@ -209,18 +213,27 @@ class Keeper:
 
         Raises:
             StorageError: the disk did not take what the user asked to be saved. Otherwise it is told, and tried again.
+            IntegrityError: memory changed by itself since the last update.
         """
-        run = self._run
+        run, done = self._run, self._run.record.num_steps
+        run.integrity.verify(run.calls, "run.save (verify)", f"before the checkpoint of step {done}")
         try:
-            trouble = run.archive.save(folder, run.record.num_steps, self._facts(made_by, "run.save"), keep)
+            trouble = run.archive.save(folder, done, self._facts(made_by, "run.save"), keep)
         except StorageError as error:
             if made_by == "save":
                 raise
             run.record.saves.failed(error)
             return
+        run.integrity.withdraw_if_damaged(functools.partial(_set_aside, checkpoint.path_of(folder, done)))
         if folder == run.keeping.checkpoint:
-            self._last_write = run.record.num_steps
+            self._last_write = done
             run.record.saves.worked(self._last_write, trouble)
+
+    def _insist(self) -> None:
+        """See that what the next checkpoint holds is looked at before."""
+        keeping = self._run.keeping
+        if keeping.checkpoint is not None and keeping.every is not None:
+            self._run.integrity.insists = (self._run.record.num_steps + 1) % keeping.every == 0
 
     def _come_in(self, newcomer: Newcomer) -> bool:
         """Go on in what the members have done since, or meet them; return whether."""
@@ -231,7 +244,8 @@ class Keeper:
         self._run.archive.take_over(saved)
         self._run.clock.add(saved.facts["elapsed"])
         self._last_write = newcomer.come_in()
-        self._saved = self._newcomer = None
+        self._saved = self.newcomer = None
+        self._insist()
         self._run.record.caught_up()
         return True
 
@@ -242,9 +256,14 @@ class Keeper:
         folder = self._run.keeping.checkpoint
         if saved is None and folder is not None and checkpoint.steps_in(folder):
             saved, _ = checkpoint.load_newest(folder)
+        for step in self._snapshots.damaged:
+            self._run.record.note(f"The state after step {step} that was kept in memory is damaged and not used.")
         if saved is None:
             return False
         self._begin_replay(saved)
+        for step in self._snapshots.damaged:
+            # Now that all have read, let it be written over first.
+            self._snapshots.withdraw(step)
         return True
 
     def _begin_replay(self, saved: checkpoint.Checkpoint) -> None:
@@ -258,12 +277,15 @@ class Keeper:
         """Keep the state in memory if the first worker asked for it in this step; let it ask for the next step."""
         run, begin = self._run, time.perf_counter()
         if run.calls.heard(Wish.SNAPSHOT) or at_once:
+            done = run.record.num_steps
 
             def keep() -> None:
-                facts = self._facts("after_step", "run.steps (snapshot)")
-                run.archive.snapshot(snapshots, run.record.num_steps, facts)
+                run.integrity.verify(run.calls, "run.steps (verify)", f"after the update of step {done - 1}")
+                run.archive.snapshot(snapshots, done, self._facts("after_step", "run.steps (snapshot)"))
 
-            run.surviving(keep)
+            run.crew.surviving(keep)
+            # A bit may have flipped while it was copied.
+            run.integrity.withdraw_if_damaged(functools.partial(snapshots.withdraw, done))
             now = time.perf_counter()
             self._snapshot_due = now + max(_SNAPSHOT_SECONDS, _SNAPSHOT_SHARE * (now - begin))
         elif run.group.worker.is_first and begin >= self._snapshot_due:
@@ -279,3 +301,9 @@ class Keeper:
             "made_by": made_by,
             "elapsed": run.clock.elapsed(),
         }
+
+
+def _set_aside(path: Path) -> None:
+    """Rename a checkpoint that may hold what is wrong; another worker may have done it."""
+    with contextlib.suppress(CheckpointError):
+        checkpoint.set_aside(path)

@@ -15,6 +15,8 @@ from typing import Any, Protocol
 from samestep.core.arena import Arena
 from samestep.core.group import Group
 from samestep.core.snapshot import Snapshots
+from samestep.errors import WorkerError
+from samestep.loop.crew import Crew
 from samestep.loop.reporter import Reporter
 from samestep.loop.supervision import Orders
 from samestep.storage.checkpoint import Checkpoint
@@ -29,12 +31,10 @@ class Joined(Protocol):
 
     group: Group
     ledger: Ledger
+    crew: Crew
 
     def of_first(self, kind: str, make: Callable[[], Any]) -> Any:
         """Return on every worker what `make` gives on the first."""
-
-    def regroup(self, joining: Sequence[int] = (), offer: dict[str, Any] | None = None) -> None:
-        """Divide the work anew."""
 
 
 def who_joins(run: Joined, orders: Orders | None) -> list[int]:
@@ -43,21 +43,22 @@ def who_joins(run: Joined, orders: Orders | None) -> list[int]:
     return [slot for slot in ready if isinstance(run.group, Arena) and slot not in run.group.members]
 
 
-def let_in(run: Joined, snapshots: Snapshots, joining: Sequence[int], last_write: int) -> None:
+def let_in(run: Joined, snapshots: Snapshots, joining: Sequence[int], step: int, last_write: int) -> None:
     """Meet, as a member, those who join, at the snapshot that was just kept. Collective.
 
     Args:
         run: of this worker.
         snapshots: where the newest is the state as it is now.
         joining: slots of those who come in.
+        step: committed steps.
         last_write: step of the last checkpoint in the run's folder.
     """
     assert isinstance(run.group, Arena)
     if run.group.worker.is_first:
         group = run.group
-        facts = {"count": group.count, "members": group.members, "answered": group.deaths.answered, "joining": joining}
-        snapshots.offer({**facts, "last_write": last_write})
-    run.regroup(joining)
+        taking_part = {"members": group.members, "answered": group.deaths.answered, "joining": joining}
+        snapshots.offer({**taking_part, "count": group.count, "step": step, "last_write": last_write})
+    run.crew.regroup(joining)
 
 
 class Newcomer:
@@ -82,9 +83,7 @@ class Newcomer:
         If there are more calls until then, the ledger replays them next.
         """
         if self._offer is not None:
-            saved = self._snapshots.newest()
-            assert saved is not None
-            return saved
+            return self._offered(self._offer)
         saved = self._await_offer()
         self._run.ledger = self._run.ledger.go_on_in(Ledger.from_facts(saved.facts["ledger"]))
         return saved
@@ -92,7 +91,7 @@ class Newcomer:
     def come_in(self) -> int:
         """Meet the members. Returns the step of their last checkpoint."""
         assert self._offer is not None
-        self._run.regroup(offer=self._offer)
+        self._run.crew.regroup(offer=self._offer)
         return self._offer["last_write"]
 
     def _await_offer(self) -> Checkpoint:
@@ -103,6 +102,10 @@ class Newcomer:
                 break
             time.sleep(_POLL)
         self._offer = offer
+        return self._offered(offer)
+
+    def _offered(self, offer: dict[str, Any]) -> Checkpoint:
         saved = self._snapshots.newest()
-        assert saved is not None
+        if saved is None or saved.step != offer["step"]:
+            raise WorkerError(f"The state after step {offer['step']} that was kept in memory is damaged.")
         return saved

@@ -104,14 +104,16 @@ class Run:
             buffers=buffers,
             many_arrivals=arrivals == "many",
             read_only=self._session.keeping.trace is not None,
+            verifies=self._session.verifies,
         )
         session = self._session
         session.conditions.begin(session.calls)
-        session.model = Model(things, session.group, options)
+        session.model = session.crew.model = Model(things, session.group, options)
         bound = agree if agree is not None else Synchronous()
         session.agreed = bound.bind(session.model, session.group, session.calls, session.clock, tolerance, allowance)
         session.keeper.resume()
-        if session.keeping.checkpoint is not None and not session.keeper.joins:
+        session.model.integrity.watch()
+        if session.keeping.checkpoint is not None and session.keeper.newcomer is None:
             session.archive.prepare(session.keeping.checkpoint)
 
     def steps(
@@ -232,6 +234,7 @@ class Run:
                 model.attach(write=False)
             return
         session.calls.meet("run.edit", line_of_user())
+        model.integrity.verify(session.calls, "run.edit (verify)", f"at {line_of_user()}")
         model.guard.check()
         writes = self.worker.is_first or not session.group.shares_memory
         if not writes:
@@ -249,6 +252,7 @@ class Run:
         if not session.group.shares_memory:
             model.share_weights()
         model.guard.accept()
+        model.integrity.watch()
 
     def save(self, path: str) -> None:
         """Write a checkpoint of everything registered into folder `path`. It can be resumed from.

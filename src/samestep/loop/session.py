@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from samestep.core.arena import Arena
 from samestep.core.calls import Calls, Halted, line_of_user
 from samestep.core.clock import Clock
-from samestep.core.group import Group, WorkerLost
+from samestep.core.group import Group
+from samestep.core.integrity import Integrity
 from samestep.core.model import Model
 from samestep.core.randomness import seed_evaluation
 from samestep.core.worker import Wish, Worker
 from samestep.errors import MismatchError, StorageError, UsageError
 from samestep.loop.archive import Archive
+from samestep.loop.crew import Crew
 from samestep.loop.feed import Feed
 from samestep.loop.keeper import Keeper
 from samestep.loop.mismatch import Conditions
@@ -27,8 +29,6 @@ from samestep.loop.supervision import Orders, Supervision
 from samestep.storage import wire
 from samestep.storage.digest import joined_digest, state_digest, tensors_digest
 from samestep.storage.ledger import Ledger
-
-T = TypeVar("T")
 
 
 class TraceEnded(Halted):
@@ -48,7 +48,8 @@ class Session:
         agreed: the live form of how replicas agree; None until then.
         whereabouts: says in which shard the script left the loop over them; empty if in none.
         num_reseeds: calls so far after which generators were seeded anew.
-        num_regroups: how often the work was divided anew.
+        crew: the workers, as they die and join.
+        verifies: whether memory is looked at for flipped bits.
     """
 
     def __init__(
@@ -74,10 +75,9 @@ class Session:
         self.agreed: Any = None
         self.whereabouts: Callable[[], str] = str
         self.num_reseeds = 0
-        self.num_regroups = 0
-        self._reporter = supervision.reporter
-        self._snapshots = supervision.snapshots
+        self.crew = Crew(group, self.calls, supervision.reporter, supervision.snapshots)
         self.keeper = Keeper(self, supervision)
+        self.verifies = supervision.verifies
         self.feeds: dict[Any, Feed] = {}
         self._planned: dict[str, Any] = {}
 
@@ -93,6 +93,12 @@ class Session:
         return Archive(self.model, self.group)
 
     @property
+    def integrity(self) -> Integrity:
+        """Finds bits that flipped."""
+        assert self.model is not None
+        return self.model.integrity
+
+    @property
     def replaying(self) -> bool:
         """Whether the script has not yet come to the point where the checkpoint was made."""
         return self.keeper.saved is not None
@@ -101,48 +107,6 @@ class Session:
     def silent(self) -> bool:
         """Whether what happens now was reported before."""
         return self.keeper.silent
-
-    def surviving(self, act: Callable[[], T]) -> T:
-        """Return what `act` gives; where a worker dies meanwhile, the others divide the work anew and do it again."""
-        while True:
-            try:
-                with self.group.mendable():
-                    return act()
-            except WorkerLost:
-                self.regroup()
-
-    def regroup(self, joining: Sequence[int] = (), offer: dict[str, Any] | None = None) -> None:
-        """Divide the work among those who are left, and who join. Collective.
-
-        Args:
-            joining: slots of workers that come in.
-            offer: in such a worker: see `Arena.join`.
-        """
-        group = self.group
-        assert self.model is not None and isinstance(group, Arena)
-        before, answered = set(group.members), group.deaths.answered
-        was_first = offer is None and self.worker.is_first
-        told = group.reform(self.calls.position(), joining) if offer is None else group.join(offer)
-        while True:
-            self.calls.go_to(told[0])
-            try:
-                with group.mendable():
-                    self.model.reseat()
-                break
-            except WorkerLost:
-                told = group.reform(self.calls.position())
-        group.settle()
-        self.num_regroups += 1
-        if not self.worker.is_first:
-            return
-        if not was_first:
-            self._reporter.take_over(self._snapshots.num_calls if self._snapshots is not None else 0)
-        facts = {"members": group.members, "step": self.record.num_steps}
-        if group.deaths.answered != answered:
-            dead = [slot for slot, deaths in enumerate(group.deaths.answered) if deaths and slot not in group.members]
-            self._reporter.mended({**facts, "first": group.slot, "dead": dead})
-        if set(group.members) - before:
-            self._reporter.joined(facts)
 
     def recorded(self, kind: str, make: Callable[[], Any], where: str | None = None, again: bool = False) -> Any:
         """Return what `make` gives, and record it; in a replay, what was recorded.
@@ -165,7 +129,7 @@ class Session:
                 f"The script calls run.{kind} at {where} where the checkpoint {saved.path} was made: the script "
                 f"changed. Restore it, or start anew in another folder."
             )
-        value = self.surviving(make) if again else make()
+        value = self.crew.surviving(make) if again else make()
         self.ledger.append(kind, where, value)
         self.keeper.took(len(self.ledger))
         return value
@@ -180,7 +144,7 @@ class Session:
             frame = made[0] if made else b""
             return self.calls.meet(f"run.{kind}", line_of_user(), None, frame)[0][1]
 
-        return wire.unpack(self.surviving(tell))
+        return wire.unpack(self.crew.surviving(tell))
 
     def feed(self, data: Any, num_samples: int) -> Feed:
         """Return the feed of `data`; the same one whenever the same data is given."""
@@ -197,7 +161,7 @@ class Session:
         """
         if not self.replaying:
             where = line_of_user()
-            for rank, (theirs, _) in enumerate(self.surviving(lambda: self.calls.meet("run.steps", where, facts))):
+            for rank, (theirs, _) in enumerate(self.crew.surviving(lambda: self.calls.meet("run.steps", where, facts))):
                 self.conditions.check_worker_data(rank, theirs, facts)
         self.conditions.check_recorded_data(self.recorded("steps", lambda: facts), facts)
 
@@ -290,6 +254,7 @@ class Session:
             "snapshot_bytes": self.keeper.num_snapshot_bytes,
             "logged": self.record.logged,
             "notes": self.record.notes,
+            **self.integrity.facts(),
             **combined(parts),
         }
 

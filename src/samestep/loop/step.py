@@ -128,7 +128,7 @@ class Step:
             except WorkerLost:
                 assert session.model is not None
                 session.model.buffers.restore()
-                session.regroup()
+                session.crew.regroup()
             # Who is left divides the shards anew, and plays them all again.
             self._shards = self._driver.read(self.slice)
             self._check_bad_again(self._shards)

@@ -88,13 +88,13 @@ class Stepping:
             yield from self._one(walk, batch, None)
             session.keeper.after_step(last=False)
         ahead: deque[Slice] = deque()
-        is_first, divided, stream = True, session.num_regroups, walk.stream(session.worker, slices, ahead)
+        is_first, divided, stream = True, session.crew.num_regroups, walk.stream(session.worker, slices, ahead)
         try:
             while True:
-                if session.num_regroups != divided:
+                if session.crew.num_regroups != divided:
                     # Other replicas fall to this worker now, also of what was read ahead.
                     stream.close()
-                    slices, divided = itertools.chain(tuple(ahead), slices), session.num_regroups
+                    slices, divided = itertools.chain(tuple(ahead), slices), session.crew.num_regroups
                     ahead.clear()
                     stream = walk.stream(session.worker, slices, ahead)
                 begin = time.perf_counter()

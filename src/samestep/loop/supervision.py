@@ -34,6 +34,7 @@ class Supervision:
         pulse: where the worker shows that it makes progress, or None.
         orders: what the supervisor wants of the run, or None.
         joins: this worker takes the place of one that has died, in a run that is under way.
+        verifies: whether memory is looked at for flipped bits.
     """
 
     reporter: Reporter = field(default_factory=Silent)
@@ -41,3 +42,4 @@ class Supervision:
     pulse: Pulse | None = None
     orders: Orders | None = None
     joins: bool = False
+    verifies: bool = True

@@ -143,6 +143,7 @@ def _all_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("fleet", _fleet_in_words(facts)),
         ("samples", _samples_in_words(facts)),
         ("weights", _digest_in_words(facts)),
+        ("memory checks", _checks_in_words(facts)),
         ("checkpoints", _saves_in_words(facts)),
         *(("note", str(note)) for note in facts.get("notes") or ()),
     ]
@@ -193,6 +194,13 @@ def _samples_in_words(facts: dict[str, Any]) -> str:
 def _digest_in_words(facts: dict[str, Any]) -> str:
     digest = facts.get("weights_digest")
     return f"{digest} (the same for any number of workers)" if digest and _keeps_promise(facts) else digest or ""
+
+
+def _checks_in_words(facts: dict[str, Any]) -> str:
+    updates, verified = facts.get("updates"), facts.get("updates_verified")
+    if not updates or not verified:
+        return ""
+    return f"no bit flipped before {count_in_words(verified)} of {count_in_words(updates)} updates"
 
 
 def _saves_in_words(facts: dict[str, Any]) -> str:

@@ -99,6 +99,7 @@ def take_part(context: WorkerContext, main: Main, asked: Options) -> Any:
             pulse=context.pulse,
             orders=context.orders,
             joins=context.joins,
+            verifies=options.protect is not False,
         )
         result, facts = play(main, options, context.group, supervision)
     except Halted:
@@ -145,7 +146,8 @@ def take_part_in_group(main: Main, asked: Options, audience: Any) -> Any:
     join = ProcessGroup if torch.distributed.is_initialized() else ProcessGroup.join
     group = join(replace(worker, device=device), staged=staged)
     try:
-        result, facts = play(main, asked, group, Supervision(reporter=audience.reporter(worker.is_first)))
+        supervision = Supervision(reporter=audience.reporter(worker.is_first), verifies=asked.protect is not False)
+        result, facts = play(main, asked, group, supervision)
     finally:
         group.close()
     if worker.is_first:
