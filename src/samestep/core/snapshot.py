@@ -2,9 +2,11 @@
 
 The supervisor makes it before it forks the workers, and holds it. The first worker writes: the same tensors and facts
 as a checkpoint holds. Two memories are written in turn where there is room for both, so that a death while one is
-written leaves the other.
+written leaves the other. The newest can be lent to who takes it to the disk: it is not written over until it is taken
+back, and meanwhile the other memory has the snapshots.
 
     control: [0] [1] serial number of what is in each memory, 0 while it is written | [2] calls recorded so far
+             [3] 1 + number of the memory that is lent, 0 for none
     memory:  length of the head | head (`wire`) | tensors, each on 64 bytes
 """
 
@@ -48,6 +50,11 @@ class Snapshots:
         self._words[2] = max(self._words[2], count)
 
     @property
+    def is_lent(self) -> bool:
+        """Whether a snapshot is lent."""
+        return bool(self._words[3])
+
+    @property
     def num_bytes(self) -> int:
         """Memory that the snapshots take."""
         return sum(os.fstat(memory).st_size for memory in self._memories)
@@ -64,7 +71,7 @@ class Snapshots:
             facts: plain values.
 
         Returns:
-            Its bytes.
+            Its bytes; 0 if it was not kept, because there is room for one only, and that is lent.
         """
         tensors: dict[tuple, tuple[int, torch.Tensor]] = {}
         places: list[list] = []
@@ -81,6 +88,8 @@ class Snapshots:
         head = wire.pack({"step": step, "facts": facts, "places": places, **named})
         start = align(8 + len(head))
         number = self._next(start + end)
+        if number is None:
+            return 0
         serial = max(self._words[0], self._words[1]) + 1
         self._words[number] = 0
         memory = self._map(number, start + end)
@@ -92,9 +101,34 @@ class Snapshots:
 
     def newest(self) -> Checkpoint | None:
         """Return the newest whole snapshot, or None. Its tensors lie in the snapshot's memory: copy them out."""
-        number = 0 if self._words[0] > self._words[1] else 1
-        if not self._words[number]:
-            return None
+        number = self._newest
+        return self._read(number) if self._words[number] else None
+
+    def lend(self) -> None:
+        """Lend the newest snapshot: it stays as it is until `take_back`."""
+        self._words[3] = 1 + self._newest
+
+    def lent(self) -> Checkpoint:
+        """Return the snapshot that is lent. Its tensors lie in the snapshot's memory."""
+        return self._read(self._words[3] - 1)
+
+    def take_back(self) -> None:
+        """Let the memory that was lent be written over."""
+        self._words[3] = 0
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._words.release()
+        self._control.close()
+        self._maps.clear()
+        for memory in self._memories:
+            os.close(memory)
+
+    @property
+    def _newest(self) -> int:
+        return 0 if self._words[0] > self._words[1] else 1
+
+    def _read(self, number: int) -> Checkpoint:
         length = os.fstat(self._memories[number]).st_size
         memory = mmap.mmap(self._memories[number], length)
         size = int.from_bytes(memory[:8], "little")
@@ -106,20 +140,14 @@ class Snapshots:
             path=FROM_MEMORY, step=head["step"], weights=weights, state=state, facts=head["facts"], weights_digest=""
         )
 
-    def close(self) -> None:
-        """Give the memory back."""
-        self._words.release()
-        self._control.close()
-        self._maps.clear()
-        for memory in self._memories:
-            os.close(memory)
-
-    def _next(self, num_bytes: int) -> int:
-        """Return which memory to write to."""
-        oldest = 0 if self._words[0] <= self._words[1] else 1
+    def _next(self, num_bytes: int) -> int | None:
+        """Return which memory to write to; None if there is none."""
         left = available_bytes()
         is_roomy = left is None or _ROOMY * num_bytes < left or os.fstat(self._memories[1]).st_size > 0
-        return oldest if is_roomy else 0
+        lent = self._words[3] - 1
+        if lent >= 0:
+            return 1 - lent if is_roomy or lent == 1 else None
+        return 1 - self._newest if is_roomy else 0
 
     def _map(self, number: int, num_bytes: int) -> mmap.mmap:
         memory = self._maps.get(number)

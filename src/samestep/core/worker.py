@@ -15,6 +15,8 @@ class Wish(IntFlag):
     """Write a checkpoint where there is a folder for it, and leave."""
     SCALE = 4
     """Keep the state in memory, and leave."""
+    SAVE = 8
+    """Write a checkpoint."""
 
 
 def run_of(rank: int, num_workers: int, num_items: int) -> range:

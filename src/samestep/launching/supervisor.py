@@ -36,6 +36,7 @@ from samestep.launching.output import Plumbing, WorkerOutput, keep
 from samestep.launching.restarts import IN_VAIN, Restarts
 from samestep.launching.signals import signals_into
 from samestep.launching.verdict import Action, Outcome, Verdict
+from samestep.launching.writer import Writer
 
 _PATIENCE = 0.5
 """Seconds between SIGTERM and SIGKILL."""
@@ -73,6 +74,7 @@ class Fleet:
         injector: what strikes the workers on purpose (`samestep chaos`).
         orders: what workers are told while they run; with it, and `snapshots`, a signal lets them finish their step.
         control: where the user's commands come in.
+        writer: writes checkpoints beside training.
     """
 
     body: zygote.Body
@@ -85,6 +87,7 @@ class Fleet:
     num_oom_kills: Callable[[], int] = int
     orders: Orders | None = None
     control: Control | None = None
+    writer: Writer | None = None
 
     @property
     def can_finish(self) -> bool:
@@ -122,6 +125,8 @@ def supervise(fleet: Fleet, num_workers: int, watcher: Watcher) -> Outcome:
         while True:
             outcome = _Supervisor(fleet, num_workers, watcher, restarts, fence, imports).run(received, wake)
             if outcome.wants is None and not outcome.restarts:
+                if fleet.writer is not None:
+                    fleet.writer.finish(received, wake, functools.partial(_note, watcher))
                 return outcome
             num_workers = outcome.wants or num_workers
             if fleet.control is not None and outcome.wants is not None and fleet.control.scaled():
@@ -193,6 +198,9 @@ class _Supervisor:
             self._selector.register(wake, selectors.EVENT_READ, lambda: wake.recv(64))
             if self._fleet.control is not None:
                 self._on_readable(self._fleet.control, self._fleet.control.serve, self._signals)
+            if self._fleet.writer is not None:
+                self._fleet.writer.begin()
+                self._on_readable(self._fleet.writer, self._fleet.writer.serve)
             try:
                 self._start(shared)
                 self._watch()
@@ -264,6 +272,8 @@ class _Supervisor:
         self._selector.close()
         if self._fleet.control is not None:
             self._fleet.control.abandon()
+        if self._fleet.writer is not None:
+            self._fleet.writer.abandon()
         for member in self._members:
             member.receiver.close()
             if member is not me:
@@ -290,6 +300,8 @@ class _Supervisor:
                 self._do(self._verdict.interrupted(self._signals.pop(0), self._fleet.can_finish))
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 self._deadline_passed()
+            if self._fleet.writer is not None:
+                self._fleet.writer.look(time.monotonic())
             hung = None if self._is_ending else self._fence.look(time.monotonic(), self._members, self._run_folder)
             if hung is not None:
                 self._verdict.hung(*hung)
@@ -408,7 +420,11 @@ class _Supervisor:
                 os.waitpid(member.pid, 0)
                 member.is_alive = False
         self._imports.close()
-        end_orphans(gently=not self._is_ending, patience=0.2 if self._verdict.is_hurried else 1.0)
+        writer = self._fleet.writer
+        if writer is not None and self._verdict.is_hurried:
+            writer.kill()
+        patience = 0.2 if self._verdict.is_hurried else 1.0
+        end_orphans(gently=not self._is_ending, patience=patience, spared=writer.pid if writer is not None else 0)
 
 
 def _with_output(outcome: Outcome, outputs: list[WorkerOutput], run_folder: str | None) -> Outcome:
@@ -421,6 +437,10 @@ def _with_output(outcome: Outcome, outputs: list[WorkerOutput], run_folder: str 
         return outcome
     note = f"samestep: what the other workers printed is in {place}"
     return replace(outcome, message=f"{outcome.message}\n{note}")
+
+
+def _note(watcher: Watcher, text: str) -> None:
+    watcher.frame(Frame("note", {"text": f"samestep: {text}"}))
 
 
 def _forget(selector: selectors.BaseSelector, source: Any) -> None:

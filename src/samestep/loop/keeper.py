@@ -3,7 +3,8 @@
 A run that goes on executes its script again from the first line. The keeper gives the ledger to replay, and loads the
 state at the point of the script where it was kept.
 
-    in files     every so many steps, when `run.steps` ends, when main ends, and where the user asks
+    in files     every so many steps or seconds, when `run.steps` ends, when main ends, and where the user asks;
+                 while training waits, or beside it (`Background`)
     in memory    about every 0.2 s, so that a fleet which loses a worker starts again where it was
 
 The supervisor may order the run to stop, or to go on with another number of workers. All workers hear of it at the
@@ -23,7 +24,9 @@ from samestep.core.worker import Wish
 from samestep.data.proof import SampleCount
 from samestep.errors import SettingsError, StorageError
 from samestep.loop.archive import Archive
+from samestep.loop.background import Background
 from samestep.loop.feed import Feed
+from samestep.loop.interval import Interval
 from samestep.loop.mismatch import Conditions
 from samestep.loop.recipe import Keeping
 from samestep.loop.record import Record
@@ -64,8 +67,18 @@ class Keeper:
         self._saved: checkpoint.Checkpoint | None = None
         self._last_write = -1
         self._snapshot_due = 0.0
+        self._snapshot_step = -1
+        self._interval = Interval(run.keeping.every_seconds)
         # Calls that an earlier fleet has made and reported; until then this one is silent.
         self._num_known = snapshots.num_calls if snapshots is not None else 0
+        self._background: Background | None = None
+        if run.keeping.async_checkpoints and snapshots is not None and supervision.writer is not None:
+            self._background = Background(run.group.worker, run.calls, run.record.saves, snapshots, supervision.writer)
+        elif run.keeping.async_checkpoints:
+            run.record.note(
+                "async_checkpoints has no effect here: only workers that samestep itself has started, in the first "
+                "launch() of a script, have a writer. Training waits while a checkpoint is written."
+            )
 
     @property
     def saved(self) -> checkpoint.Checkpoint | None:
@@ -131,6 +144,8 @@ class Keeper:
         self._run.clock.add(saved.facts["elapsed"])
         done, folder = self._run.record.num_steps, self._run.keeping.checkpoint
         is_written = folder is None or saved.path != FROM_MEMORY or checkpoint.path_of(folder, done).exists()
+        # A writer of a fleet that has died may publish it between the looks of two workers.
+        is_written = bool(self._run.group.exchange(b"1" if is_written else b"")[0])
         self._last_write = done if is_written else -1
         if self._num_known and len(self._run.ledger) >= self._num_known:
             self._run.record.caught_up()
@@ -151,23 +166,39 @@ class Keeper:
         scales = self._run.calls.heard(Wish.SCALE) and self._snapshots is not None
         if (stops or scales) and self._orders is not None and self._run.group.worker.is_first:
             self._orders.reached()
-        due = last or stops or (keeping.every is not None and done % keeping.every == 0)
-        if keeping.checkpoint is not None and due and done != self._last_write:
-            self.write(keeping.checkpoint, "after_step", keeping.keep)
+        due = self._run.calls.heard(Wish.SAVE) or last or keeping.is_due(done)
+        if stops:
+            self.at_end("after_step")
+        elif keeping.checkpoint is not None and due and done != self._last_write:
+            self._write_or_lend(keeping.checkpoint)
         if self._snapshots is not None:
             self._snapshot_if_due(self._snapshots, at_once=scales and not stops)
         # A stop may have been ordered while the state was kept in memory.
-        late = scales and not stops and self._run.calls.heard(Wish.STOP)
-        if keeping.checkpoint is not None and late and done != self._last_write:
-            self.write(keeping.checkpoint, "after_step", keeping.keep)
+        if scales and not stops and self._run.calls.heard(Wish.STOP):
+            self.at_end("after_step")
+        if self._run.group.worker.is_first and keeping.checkpoint is not None:
+            overdue = self._background is not None and self._background.is_overdue()
+            if self._interval.has_passed() or overdue:
+                self._run.calls.ask(Wish.SAVE)
         if stops or scales:
             self._run.calls.halt(Halted())
 
-    def at_end(self) -> None:
-        """Keep the state of a run whose main has ended."""
-        folder = self._run.keeping.checkpoint
-        if folder is not None and self._run.record.num_steps != self._last_write:
-            self.write(folder, "finish", self._run.keeping.keep)
+    def at_end(self, made_by: str = "finish") -> None:
+        """Keep the state of a run that ends here in a file, and see everything written.
+
+        Args:
+            made_by: see `reach`.
+        """
+        folder, background = self._run.keeping.checkpoint, self._background
+        if folder is None:
+            return
+        done = self._run.record.num_steps
+        if background is not None and not background.settle(wait=done == self._last_write):
+            self._last_write = -1
+        if done != self._last_write:
+            self.write(folder, made_by, self._run.keeping.keep)
+        if background is not None:
+            background.settle(wait=True)
 
     def write(self, folder: str, made_by: str, keep: int | None) -> None:
         """Write a checkpoint. Collective.
@@ -192,6 +223,16 @@ class Keeper:
             self._last_write = run.record.num_steps
             run.record.saves.worked(self._last_write, trouble)
 
+    def _write_or_lend(self, folder: str) -> None:
+        """Write the checkpoint that is due, or let it be written beside training."""
+        run, background = self._run, self._background
+        if background is None:
+            self.write(folder, "after_step", run.keeping.keep)
+        elif background.is_free(run.record.num_steps):
+            self._snapshot(background.snapshots)
+            self._last_write = run.record.num_steps
+            background.begin(folder, self._last_write, run.keeping.keep)
+
     def _resume_after_death(self) -> bool:
         """Begin to replay the newest snapshot, or checkpoint, of a fleet that has died; return whether there is any."""
         assert self._snapshots is not None
@@ -213,13 +254,21 @@ class Keeper:
 
     def _snapshot_if_due(self, snapshots: Snapshots, at_once: bool) -> None:
         """Keep the state in memory if the first worker asked for it in this step; let it ask for the next step."""
-        run, begin = self._run, time.perf_counter()
+        run = self._run
         if run.calls.heard(Wish.SNAPSHOT) or at_once:
-            run.archive.snapshot(snapshots, run.record.num_steps, self._facts("after_step", "run.steps (snapshot)"))
-            now = time.perf_counter()
-            self._snapshot_due = now + max(_SNAPSHOT_SECONDS, _SNAPSHOT_SHARE * (now - begin))
-        elif run.group.worker.is_first and begin >= self._snapshot_due:
+            # A checkpoint of this step may have made it.
+            if self._snapshot_step != run.record.num_steps:
+                self._snapshot(snapshots)
+        elif run.group.worker.is_first and time.perf_counter() >= self._snapshot_due:
             run.calls.ask(Wish.SNAPSHOT)
+
+    def _snapshot(self, snapshots: Snapshots) -> None:
+        """Keep the state in memory. Collective."""
+        run, begin = self._run, time.perf_counter()
+        run.archive.snapshot(snapshots, run.record.num_steps, self._facts("after_step", "run.steps (snapshot)"))
+        now = time.perf_counter()
+        self._snapshot_step = run.record.num_steps
+        self._snapshot_due = now + max(_SNAPSHOT_SECONDS, _SNAPSHOT_SHARE * (now - begin))
 
     def _facts(self, made_by: str, kind: str) -> dict[str, Any]:
         """Return what the run needs to go on, beside the state. Collective."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from samestep.core.clock import Pulse
 from samestep.core.snapshot import Snapshots
@@ -20,6 +20,22 @@ class Orders(Protocol):
         """Take note that the workers have come to the end of a step, and carry the orders out."""
 
 
+class Writer(Protocol):
+    """Takes the snapshot that is lent (`core.snapshot`) to the disk, in a process of its own."""
+
+    def write(self, order: dict[str, Any]) -> None:
+        """Let it be written. The snapshot is taken back when that has ended.
+
+        Args:
+            order: folder, step, keep as for `Archive.save`; cwd, which the folder is relative to.
+        """
+
+    def answer(self) -> dict[str, Any] | None:
+        """Return, once, what became of the last order: its step, and `trouble` with deleting old checkpoints or None,
+        or a message and the reason (None: the disk is not to blame). None if there is nothing new.
+        """
+
+
 @dataclass(frozen=True, kw_only=True)
 class Supervision:
     """One worker's ties.
@@ -29,9 +45,11 @@ class Supervision:
         snapshots: where the newest state is kept outside of the workers, or None.
         pulse: where the worker shows that it makes progress, or None.
         orders: what the supervisor wants of the run, or None.
+        writer: writes checkpoints beside training, or None.
     """
 
     reporter: Reporter = field(default_factory=Silent)
     snapshots: Snapshots | None = None
     pulse: Pulse | None = None
     orders: Orders | None = None
+    writer: Writer | None = None

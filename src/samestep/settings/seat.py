@@ -96,6 +96,7 @@ def take_part(context: WorkerContext, main: Main, asked: Options) -> Any:
             snapshots=snapshots,
             pulse=context.pulse,
             orders=context.orders,
+            writer=context.writer,
         )
         result, facts = play(main, options, context.group, supervision)
     except Halted:
