@@ -68,3 +68,38 @@ def test_without_room_for_two_one_is_used(snapshots, monkeypatch):
         keep(snapshots, step)
         assert snapshots.newest().step == step
     assert os.fstat(snapshots._memories[1]).st_size == 0
+
+
+def test_what_is_lent_stays_and_the_others_go_on(snapshots):
+    keep(snapshots, 1)
+    keep(snapshots, 2)
+    snapshots.lend()
+    for step in (3, 4, 5):
+        keep(snapshots, step)
+        assert snapshots.newest().step == step
+        lent = snapshots.lent()
+        assert lent.step == 2 and torch.equal(lent.weights["a"], torch.full((3, 2), 2.0))
+    snapshots.take_back()
+    assert not snapshots.is_lent
+    keep(snapshots, 6)
+    assert snapshots.newest().step == 6 and len({memory.step for memory in map(snapshots._read, (0, 1))} - {2}) == 2
+
+
+def test_a_writer_that_dies_leaves_what_is_lent(snapshots, monkeypatch):
+    keep(snapshots, 1)
+    keep(snapshots, 2)
+    snapshots.lend()
+    keep(snapshots, 3)
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        keep(snapshots, 4)
+    assert snapshots.newest().step == 2
+
+
+def test_without_room_for_two_nothing_is_kept_while_one_is_lent(snapshots, monkeypatch):
+    monkeypatch.setattr("samestep.core.snapshot.available_bytes", lambda: 10)
+    keep(snapshots, 1)
+    snapshots.lend()
+    assert keep(snapshots, 2) == 0 and snapshots.newest().step == 1
+    snapshots.take_back()
+    assert keep(snapshots, 3) > 0 and snapshots.newest().step == 3

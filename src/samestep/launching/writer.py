@@ -203,7 +203,7 @@ class Writer:
 
     def _why(self, status: int) -> str:
         if self._is_hung:
-            return f"the process that wrote it wrote nothing for {self._silence:.0f} s, and was killed"
+            return f"the process that wrote it wrote nothing for {self._silence:g} s, and was killed"
         if os.WIFSIGNALED(status):
             return f"the process that wrote it was killed ({signal.Signals(os.WTERMSIG(status)).name})"
         return f"the process that wrote it ended with exit code {os.waitstatus_to_exitcode(status)}"
