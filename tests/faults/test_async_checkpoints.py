@@ -61,7 +61,7 @@ def stopped_writer(run, shell):
 
 
 def hidden(shell):
-    return [path for path in (shell.folder / "kept").glob(".step-*")]
+    return list((shell.folder / "kept").glob(".step-*"))
 
 
 def resumed(steered):
