@@ -53,7 +53,7 @@ def stopped_writer(run, shell):
         (pid,) = wait_for(lambda: writers(shell), run)[:1]
         try:
             os.kill(pid, signal.SIGSTOP)
-            wait_for(lambda: state_of(pid) in "TZ", run)
+            wait_for(lambda pid=pid: state_of(pid) in "TZ", run)
             if state_of(pid) == "T":
                 return pid
         except OSError:
