@@ -103,3 +103,15 @@ def test_without_room_for_two_nothing_is_kept_while_one_is_lent(snapshots, monke
     assert keep(snapshots, 2) == 0 and snapshots.newest().step == 1
     snapshots.take_back()
     assert keep(snapshots, 3) > 0 and snapshots.newest().step == 3
+
+
+def test_what_grows_with_every_step_is_not_mapped_anew(snapshots):
+    """A new map of a large state would take as long as copying it several times."""
+    keep(snapshots, 1)
+    keep(snapshots, 2)
+    maps = list(snapshots._maps.values())
+    for step in range(3, 400):
+        keep(snapshots, 40 * step)
+    assert list(snapshots._maps.values()) == maps
+    assert snapshots.newest().facts["ledger"] == b"x" * 40 * 399
+    assert 0 < snapshots.num_bytes < 100_000, "room that is not used takes no memory"

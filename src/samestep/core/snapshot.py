@@ -29,6 +29,10 @@ FROM_MEMORY = Path("memory")
 """The path of a checkpoint that was never in a file."""
 _ROOMY = 8
 """Both memories are used where they take less than this part of what is free."""
+_LEAST_ROOM = 1 << 20
+"""Bytes to grow by."""
+_BLOCK_BYTES = 512
+"""What the system counts the memory of a file in."""
 
 
 class Snapshots:
@@ -57,7 +61,7 @@ class Snapshots:
     @property
     def num_bytes(self) -> int:
         """Memory that the snapshots take."""
-        return sum(os.fstat(memory).st_size for memory in self._memories)
+        return sum(os.fstat(memory).st_blocks * _BLOCK_BYTES for memory in self._memories)
 
     def write(
         self, step: int, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], facts: dict[str, Any]
@@ -152,7 +156,10 @@ class Snapshots:
     def _map(self, number: int, num_bytes: int) -> mmap.mmap:
         memory = self._maps.get(number)
         if memory is None or len(memory) < num_bytes:
-            os.ftruncate(self._memories[number], -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE)
+            # The ledger grows with every step, and a new map costs a fault for each of its pages. What is not written
+            # to takes no memory.
+            size = num_bytes + max(num_bytes // 8, _LEAST_ROOM)
+            os.ftruncate(self._memories[number], -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
             memory = self._maps[number] = mmap.mmap(self._memories[number], 0)
         return memory
 
