@@ -96,3 +96,50 @@ def test_what_is_withdrawn_is_written_over_first(snapshots):
     keep(snapshots, 3)
     snapshots.withdraw(3)
     assert snapshots.newest().step == 1
+
+
+def test_what_is_lent_stays_and_the_others_go_on(snapshots):
+    keep(snapshots, 1)
+    keep(snapshots, 2)
+    snapshots.lend(0)
+    for step in (3, 4, 5):
+        keep(snapshots, step)
+        assert snapshots.newest().step == step
+        lent = snapshots.lent()
+        assert lent.step == 2 and torch.equal(lent.weights["a"], torch.full((3, 2), 2.0))
+    snapshots.take_back()
+    assert not snapshots.is_lent
+    keep(snapshots, 6)
+    assert snapshots.newest().step == 6 and len({memory.step for memory in map(snapshots._read, (0, 1))} - {2}) == 2
+
+
+def test_a_writer_that_dies_leaves_what_is_lent(snapshots, monkeypatch):
+    keep(snapshots, 1)
+    keep(snapshots, 2)
+    snapshots.lend(0)
+    keep(snapshots, 3)
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        keep(snapshots, 4)
+    assert snapshots.newest().step == 2
+
+
+def test_without_room_for_two_nothing_is_kept_while_one_is_lent(snapshots, monkeypatch):
+    monkeypatch.setattr("samestep.core.snapshot.available_bytes", lambda: 10)
+    keep(snapshots, 1)
+    snapshots.lend(0)
+    assert keep(snapshots, 2) == 0 and snapshots.newest().step == 1
+    snapshots.take_back()
+    assert keep(snapshots, 3) > 0 and snapshots.newest().step == 3
+
+
+def test_what_grows_with_every_step_is_not_mapped_anew(snapshots):
+    """A new map of a large state would take as long as copying it several times."""
+    keep(snapshots, 1)
+    keep(snapshots, 2)
+    maps = list(snapshots._maps.values())
+    for step in range(3, 400):
+        keep(snapshots, 40 * step)
+    assert list(snapshots._maps.values()) == maps
+    assert snapshots.newest().facts["ledger"] == b"x" * 40 * 399
+    assert 0 < snapshots.num_bytes < 100_000, "room that is not used takes no memory"

@@ -218,7 +218,7 @@ def table(points: Points) -> list[Bug]:
     # Steps 5 and 6 are lost; when 5 was made again, and before 6 is, it dies once more.
     again = case(at("kill", 0, "Snapshots.write", "head = wire.pack", 4), at("kill", 0, *update, 7, birth=1))
     commits = "agree.synchronous:LiveSynchronous._commit"
-    replay, snapshot, round_ = "loop.keeper:Keeper.reach", "core.snapshot:Snapshots.write", "core.arena:Arena._round"
+    replay, snapshot, round_ = "loop.replay:Replay.reach", "core.snapshot:Snapshots.write", "core.arena:Arena._round"
     to_facts, saves = "storage.ledger:Ledger.to_facts", "run.archive.save(folder, run.record.num_steps"
     told = "self.ledger.next(kind, where)"
     return [
@@ -312,8 +312,8 @@ def table(points: Points) -> list[Bug]:
             "the data goes on one batch too far after a replay",
             edited(
                 "loop.stepping:Stepping.walk",
-                "stream = feed.batches(source, slices, reading)",
-                "session.keeper._num_known and next(slices, None); stream = feed.batches(source, slices, reading)",
+                "ahead: deque[Slice] = deque()",
+                "session.replay._num_known and next(slices, None); ahead: deque[Slice] = deque()",
             ),
             dead,
         ),
@@ -322,13 +322,13 @@ def table(points: Points) -> list[Bug]:
             edited(
                 "loop.run:Run.replicate",
                 "tolerance = Tolerance(nonfinite)",
-                "tolerance = Tolerance('stop' if self._session.keeper._num_known else nonfinite)",
+                "tolerance = Tolerance('stop' if self._session.replay._num_known else nonfinite)",
             ),
             dead,
         ),
         Bug(
             "steps are told again in a replay",
-            wrapped("loop.keeper:Keeper.silent", lambda old: property(lambda self: False)),
+            wrapped("loop.replay:Replay.silent", lambda old: property(lambda self: False)),
             dead,
         ),
         Bug(

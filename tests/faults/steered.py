@@ -45,6 +45,9 @@ def main(run):
         print("swallowed", flush=True)
 
     def slowly(batch):
+        if mode == "fails":
+            print("fails", flush=True)
+            raise ValueError("of the script")
         if mode == "mean":
             print("in run.mean", flush=True)
             time.sleep(60)

@@ -49,6 +49,8 @@ def test_more_workers_than_replicas_says_what_to_do():
         ({"threads": 0}, "threads=0"),
         ({"seed": 1.5}, r"seed=1\.5"),
         ({"every": 0}, "every=0"),
+        ({"every": "30"}, "every='30'"),
+        ({"async_checkpoints": True, "protect": False}, "async_checkpoints and protect=False"),
         ({"device": "tpu"}, "device='tpu'"),
         ({"accept": ("code", "model")}, "accept='model'"),
         ({"device": "cuda", "workers": 2}, "torchrun"),
@@ -77,6 +79,17 @@ def test_options_cross_as_plain_facts():
 def test_a_traced_run_touches_no_checkpoint():
     keeping = Options(trace=5, checkpoint="runs/x", every=2, resume="runs/x").keeping()
     assert (keeping.trace, keeping.checkpoint, keeping.every, keeping.resume) == (5, None, None, None)
+
+
+def test_async_checkpoints_need_a_folder():
+    Options(async_checkpoints=True).check()  # the script may name it
+    with pytest.raises(SettingsError, match="You set async_checkpoints but no checkpoint folder"):
+        Options(async_checkpoints=True).keeping()
+
+
+def test_async_checkpoints_and_times_come_through():
+    keeping = Options(async_checkpoints=True, every="30s", checkpoint="runs/x").keeping()
+    assert keeping.async_checkpoints and keeping.every_seconds == 30 and not keeping.is_due(30)
 
 
 def test_accepted_kinds_are_words():

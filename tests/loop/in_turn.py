@@ -126,7 +126,7 @@ class Fleet:
             session.model = _model()
             session.agreed = Agreed(self, rule)
             if resumed is not None:
-                session.keeper._begin_replay(_checkpoint(resumed))
+                session.replay._begin_replay(_checkpoint(resumed))
             self.players.append(Player(session))
 
     @property
@@ -231,6 +231,11 @@ def _model() -> Any:
         others=[],
         trained=[SimpleNamespace(optimizer=optimizer, gradients=gradients, update=update)],
         buffers=SimpleNamespace(begin_pass=nothing, begin_shard=nothing, end_shard=nothing),
+        integrity=SimpleNamespace(
+            verify=nothing,
+            withdraw_if_damaged=nothing,
+            facts=lambda: {"updates": 0, "updates_verified": 0, "verify_seconds": 0.0},
+        ),
         named_tensors=list,
         state_bytes=lambda: 0,
         release=nothing,

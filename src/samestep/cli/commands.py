@@ -54,7 +54,12 @@ def main() -> None:
 @click.option("--workers", type=int, metavar="N", help="Processes to start; default one per core, at most R.")
 @_with_script_options
 @click.option("--checkpoint", metavar="DIR", help="Folder for checkpoints.")
-@click.option("--every", type=int, metavar="N", help="Steps between checkpoints.")
+@click.option("--every", metavar="N", help="Steps between checkpoints, or time: 30s, 10m, 2h.")
+@click.option(
+    "--async-checkpoints/--no-async-checkpoints",
+    default=None,
+    help="Write checkpoints beside training, or while it waits (default).",
+)
 @click.option("--resume", metavar="PATH", help="Checkpoint, or folder of them, to go on from.")
 @click.option("--accept", metavar="KIND,...", help="What may differ from it: code, environment, data.")
 @click.option(
@@ -197,6 +202,9 @@ def _options(settings: dict[str, Any]) -> Options:
         if not replicas.lstrip("+-").isdecimal():
             raise SettingsError(f"You set --replicas {replicas}. Use a whole number, or 'workers'.")
         settings = {**settings, "replicas": int(replicas)}
+    every = settings.get("every")
+    if every is not None and every.isdecimal():
+        settings = {**settings, "every": int(every)}
     if settings.get("accept") is not None:
         settings = {**settings, "accept": words_of(settings["accept"])}
     options = Options(**settings)

@@ -3,11 +3,13 @@
 The supervisor makes it before it forks the workers, and holds it. The first worker writes: the same tensors and facts
 as a checkpoint holds. Two memories are written in turn where there is room for both, so that a death while one is
 written leaves the other. So does a bit that flips in one: each carries a fold of what was written, which is compared
-when it is read.
+when it is read. The newest can be lent to who takes it to the disk: it is not written over until it is taken back, and
+meanwhile the other memory has the snapshots.
 
     control: [0] [1] serial number of what is in each memory, 0 while it is written | [2] calls recorded so far
              [3] [4] committed steps | [5] [6] bytes written | [7] [8] their fold (`integrity`)
              [9] number of the newest offer to workers that join | its length | its JSON
+             [11] 1 + number of the memory that is lent, 0 for none | slot of the worker that lent it
     memory:  length of the head | head (`wire`) | tensors, each on 64 bytes
 """
 
@@ -32,10 +34,16 @@ FROM_MEMORY = Path("memory")
 """The path of a checkpoint that was never in a file."""
 _OFFER, _OFFER_TEXT = 9, 128
 """A control word, and a byte of the control page."""
+_LENT, _LENDER = 11, 12
+"""Control words."""
 _ROOMY = 8
 """Both memories are used where they take less than this part of what is free."""
 _STEP, _LENGTH, _FOLD = 3, 5, 7
 """Where the control words of the first memory are; the second's follow."""
+_LEAST_ROOM = 1 << 20
+"""Bytes to grow by."""
+_BLOCK_BYTES = 512
+"""What the system counts the memory of a file in."""
 
 
 class Snapshots:
@@ -74,9 +82,14 @@ class Snapshots:
         return number, json.loads(self._control[_OFFER_TEXT : _OFFER_TEXT + length]) if number else {}
 
     @property
+    def is_lent(self) -> bool:
+        """Whether a snapshot is lent."""
+        return bool(self._words[_LENT])
+
+    @property
     def num_bytes(self) -> int:
         """Memory that the snapshots take."""
-        return sum(os.fstat(memory).st_size for memory in self._memories)
+        return sum(os.fstat(memory).st_blocks * _BLOCK_BYTES for memory in self._memories)
 
     def write(
         self, step: int, weights: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], facts: dict[str, Any]
@@ -90,7 +103,7 @@ class Snapshots:
             facts: plain values.
 
         Returns:
-            Its bytes.
+            Its bytes; 0 if it was not kept, because there is room for one only, and that is lent.
         """
         tensors: dict[tuple, tuple[int, torch.Tensor]] = {}
         places: list[list] = []
@@ -107,6 +120,8 @@ class Snapshots:
         head = wire.pack({"step": step, "facts": facts, "places": places, **named})
         start = align(8 + len(head))
         number = self._next(start + end)
+        if number is None:
+            return 0
         serial = max(self._words[0], self._words[1]) + 1
         self._words[number] = 0
         memory = self._map(number, start + end)
@@ -134,46 +149,71 @@ class Snapshots:
         for number in sorted(range(2), key=lambda n: -self._words[n]):
             if not self._words[number]:
                 continue
-            memory = mmap.mmap(self._memories[number], 0)
-            length = self._words[_LENGTH + number]
-            if 0 < length <= len(memory) and fold(memory, length) == self._words[_FOLD + number]:
-                return _read(memory)
+            saved = self._read(number)
+            if saved is not None:
+                return saved
             self.damaged.append(self._words[_STEP + number])
         return None
 
-    def close(self) -> None:
-        """Give the memory back."""
-        self._words.release()
-        self._control.close()
-        self._maps.clear()
-        for memory in self._memories:
-            os.close(memory)
+    def lend(self, slot: int) -> None:
+        """Lend the newest snapshot, as the worker in `slot`: it stays as it is until `take_back`."""
+        self._words[_LENDER] = slot
+        self._words[_LENT] = 1 + self._newest
 
-    def _next(self, num_bytes: int) -> int:
-        """Return which memory to write to."""
-        oldest = 0 if self._words[0] <= self._words[1] else 1
+    @property
+    def lender(self) -> int | None:
+        """The slot of the worker that lent a snapshot; None if none is lent."""
+        return self._words[_LENDER] if self.is_lent else None
+
+    def lent(self) -> Checkpoint | None:
+        """Return the snapshot that is lent; None if it is not as it was written, or was withdrawn.
+
+        Its tensors lie in the snapshot's memory.
+        """
+        number = self._words[_LENT] - 1
+        return self._read(number) if self._words[number] else None
+
+    def take_back(self) -> None:
+        """Let the memory that was lent be written over."""
+        self._words[_LENT] = 0
+
+    @property
+    def _newest(self) -> int:
+        return 0 if self._words[0] > self._words[1] else 1
+
+    def _read(self, number: int) -> Checkpoint | None:
+        """Return what a memory holds, if it is as it was written."""
+        memory = mmap.mmap(self._memories[number], 0)
+        length = self._words[_LENGTH + number]
+        if not 0 < length <= len(memory) or fold(memory, length) != self._words[_FOLD + number]:
+            return None
+        size = int.from_bytes(memory[:8], "little")
+        head = wire.unpack(memory[8 : 8 + size])
+        start = align(8 + size)
+        tensors = [_place(memory, start, place) for place in head["places"]]
+        weights, state = ({name: tensors[i] for name, i in head[role]} for role in ("weights", "state"))
+        return Checkpoint(
+            path=FROM_MEMORY, step=head["step"], weights=weights, state=state, facts=head["facts"], weights_digest=""
+        )
+
+    def _next(self, num_bytes: int) -> int | None:
+        """Return which memory to write to; None if there is none."""
         left = available_bytes()
         is_roomy = left is None or _ROOMY * num_bytes < left or os.fstat(self._memories[1]).st_size > 0
-        return oldest if is_roomy else 0
+        lent = self._words[_LENT] - 1
+        if lent >= 0:
+            return 1 - lent if is_roomy or lent == 1 else None
+        return 1 - self._newest if is_roomy else 0
 
     def _map(self, number: int, num_bytes: int) -> mmap.mmap:
         memory = self._maps.get(number)
         if memory is None or len(memory) < num_bytes:
-            os.ftruncate(self._memories[number], -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE)
+            # The ledger grows with every step, and a new map costs a fault for each of its pages. What is not written
+            # to takes no memory.
+            size = num_bytes + max(num_bytes // 8, _LEAST_ROOM)
+            os.ftruncate(self._memories[number], -(-size // mmap.PAGESIZE) * mmap.PAGESIZE)
             memory = self._maps[number] = mmap.mmap(self._memories[number], 0)
         return memory
-
-
-def _read(memory: mmap.mmap) -> Checkpoint:
-    """Return what a memory holds."""
-    size = int.from_bytes(memory[:8], "little")
-    head = wire.unpack(memory[8 : 8 + size])
-    start = align(8 + size)
-    tensors = [_place(memory, start, place) for place in head["places"]]
-    weights, state = ({name: tensors[i] for name, i in head[role]} for role in ("weights", "state"))
-    return Checkpoint(
-        path=FROM_MEMORY, step=head["step"], weights=weights, state=state, facts=head["facts"], weights_digest=""
-    )
 
 
 def _place(memory: mmap.mmap, start: int, place: list) -> torch.Tensor:

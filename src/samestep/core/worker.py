@@ -21,6 +21,8 @@ class Wish(IntFlag):
     """Look who is gone: somebody has died whom nobody waits for."""
     VERIFY = 32
     """Fold the memory after this update, so that the next one finds what has changed in between."""
+    SAVE = 64
+    """Write a checkpoint."""
 
 
 def run_of(rank: int, num_workers: int, num_items: int) -> range:

@@ -11,6 +11,7 @@
     restarts    whether a fleet that lost a worker is started again
     signals     those that end a run, collected
     orders      what the supervisor orders the workers to do while they run
+    writer      the process that writes a checkpoint beside training
     control     the door of a run, for its user's commands
     request     frames between such a command and a run
     runs        the runs that live on this host

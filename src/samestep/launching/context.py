@@ -34,6 +34,7 @@ class WorkerContext:
         output: what it prints.
         snapshots: where the run keeps its newest state outside of the workers; None without.
         orders: what the supervisor wants of the run; None without.
+        writer: writes checkpoints beside training; None without.
         num_calls: launch calls seen so far.
         num_seated: workers taking part, once the first launch call has decided.
         group: how the seated workers reach each other; made at the first launch call, kept for later ones.
@@ -55,6 +56,7 @@ class WorkerContext:
     output: WorkerOutput | None = None
     snapshots: Any = None
     orders: Orders | None = None
+    writer: Any = None
     num_calls: int = 0
     num_seated: int | None = None
     group: Any = None

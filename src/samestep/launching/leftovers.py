@@ -26,20 +26,21 @@ def without_empty_folders() -> Iterator[None]:
                 os.rmdir(folder)
 
 
-def end_orphans(gently: bool, patience: float = _PATIENCE) -> None:
+def end_orphans(gently: bool, patience: float = _PATIENCE, spared: int = 0) -> None:
     """End what workers started and did not end; it has become this process's.
 
     Args:
         gently: send no signal before the time in which they may end by themselves has passed.
         patience: that time, in seconds.
+        spared: pid of a child that goes on; 0 for none.
     """
     deadline = time.monotonic() + patience
     if not gently:
-        _signal_children(signal.SIGTERM)
-    while _reap_children() and time.monotonic() < deadline:
+        _signal_children(signal.SIGTERM, spared)
+    while _reap_children(spared) and time.monotonic() < deadline:
         time.sleep(0.01)
-    while _reap_children():
-        _signal_children(signal.SIGKILL)
+    while _reap_children(spared):
+        _signal_children(signal.SIGKILL, spared)
         time.sleep(0.001)
 
 
@@ -47,19 +48,18 @@ def _cache_folders() -> list[str]:
     return glob.glob(os.path.join(glob.escape(tempfile.gettempdir()), "torchinductor_*"))
 
 
-def _reap_children() -> bool:
-    """Collect children that have ended. Returns whether any is left."""
-    while True:
-        try:
-            pid, _ = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return False
-        if pid == 0:
-            return True
+def _reap_children(spared: int) -> bool:
+    """Collect children that have ended. Returns whether any is left, but for the one that is spared."""
+    left = [pid for pid in _children(spared) if os.waitpid(pid, os.WNOHANG)[0] == 0]
+    return bool(left)
 
 
-def _signal_children(number: int) -> None:
+def _signal_children(number: int, spared: int) -> None:
+    for pid in _children(spared):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def _children(spared: int) -> list[int]:
     with open(f"/proc/self/task/{os.getpid()}/children") as file:
-        for pid in file.read().split():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), number)
+        return [pid for pid in map(int, file.read().split()) if pid != spared]

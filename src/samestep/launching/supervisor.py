@@ -42,6 +42,7 @@ from samestep.launching.output import Outlet, Plumbing, WorkerOutput, keep
 from samestep.launching.restarts import Restarts
 from samestep.launching.signals import signals_into
 from samestep.launching.verdict import Outcome
+from samestep.launching.writer import Writer
 
 _POLL = 0.002
 """Seconds between looks at whether a fault is due."""
@@ -75,6 +76,7 @@ class Fleet:
         orders: what workers are told while they run; with it, and `snapshots`, a signal lets them finish their step.
         control: where the user's commands come in.
         survivors_go_on: workers can go on without one that has died, and take in another in its place.
+        writer: writes checkpoints beside training.
     """
 
     body: zygote.Body
@@ -88,6 +90,7 @@ class Fleet:
     orders: Orders | None = None
     control: Control | None = None
     survivors_go_on: bool = False
+    writer: Writer | None = None
 
     @property
     def num_calls(self) -> int:
@@ -125,6 +128,8 @@ def supervise(fleet: Fleet, num_workers: int, watcher: Watcher) -> Outcome:
         while True:
             end = _Supervisor(fleet, num_workers, watcher, restarts, fence, imports).run(received, wake)
             if isinstance(end, do.End):
+                if fleet.writer is not None:
+                    fleet.writer.finish(received, wake, functools.partial(_note, watcher))
                 return end.outcome
             num_workers = end.num_workers
             if fleet.control is not None and end.outcome.wants is not None and fleet.control.scaled():
@@ -206,6 +211,9 @@ class _Supervisor:
                 self._on_readable(self._fleet.control, self._fleet.control.serve, self._signals)
             for stream, pipe in self._outlet.pipes.items():
                 self._on_readable(pipe, self._print, stream)
+            if self._fleet.writer is not None:
+                self._fleet.writer.begin()
+                self._on_readable(self._fleet.writer, self._fleet.writer.serve)
             try:
                 zygote.check_one_task()
                 zygote.freeze()
@@ -248,6 +256,8 @@ class _Supervisor:
             while self._signals and self._end is None:
                 self._tell(Signalled(self._signals.pop(0)))
             self._tell(Tick())
+            if self._fleet.writer is not None:
+                self._fleet.writer.look(time.monotonic())
             if not self._coordinator.ending.has_begun:
                 hung = self._fence.look(time.monotonic(), self._members, self._run_folder)
                 if hung is not None:
@@ -343,6 +353,8 @@ class _Supervisor:
         self._selector.close()
         if self._fleet.control is not None:
             self._fleet.control.abandon()
+        if self._fleet.writer is not None:
+            self._fleet.writer.abandon()
         for member in self._members:
             if member is me:
                 member.receiver.close()
@@ -409,6 +421,8 @@ class _Supervisor:
             by_kernel, self._num_oom_kills = num_oom_kills > self._num_oom_kills, num_oom_kills
             crash = Crash(dump=member.output.stack(), wrote_protected=wrote, by_kernel=by_kernel)
             self._fence.renew(member.rank)
+        if self._fleet.writer is not None:
+            self._fleet.writer.lost(member.rank)
         self._tell(Exited(member.rank, member.generation, member.pid, status, crash))
 
     def _end_all(self) -> None:
@@ -419,9 +433,11 @@ class _Supervisor:
                 os.waitpid(member.pid, 0)
                 member.is_alive = False
         self._imports.close()
-        end_orphans(
-            gently=not self._coordinator.ending.has_begun, patience=0.2 if self._coordinator.ending.is_hurried else 1.0
-        )
+        writer, ending = self._fleet.writer, self._coordinator.ending
+        if writer is not None and ending.is_hurried:
+            writer.kill()
+        patience = 0.2 if ending.is_hurried else 1.0
+        end_orphans(gently=not ending.has_begun, patience=patience, spared=writer.pid if writer is not None else 0)
 
 
 def _with_output(outcome: Outcome, outputs: list[WorkerOutput], run_folder: str | None) -> Outcome:
@@ -434,6 +450,10 @@ def _with_output(outcome: Outcome, outputs: list[WorkerOutput], run_folder: str 
         return outcome
     note = f"samestep: what the other workers printed is in {place}"
     return replace(outcome, message=f"{outcome.message}\n{note}")
+
+
+def _note(watcher: Watcher, text: str) -> None:
+    watcher.frame(Frame("note", {"text": f"samestep: {text}"}))
 
 
 def _forget(selector: selectors.BaseSelector, source: Any) -> None:

@@ -37,9 +37,14 @@ class Joined(Protocol):
         """Return on every worker what `make` gives on the first."""
 
 
-def who_joins(run: Joined, orders: Orders | None) -> list[int]:
+def who_joins(run: Joined, orders: Orders | None, snapshots: Snapshots) -> list[int]:
     """Return, in a member, the slots of those that shall be taken in now. Collective."""
-    ready = run.of_first("steps (join)", lambda: list(orders.joiners()) if orders is not None else [])
+
+    def ready_now() -> list[int]:
+        # While a snapshot is lent there may be no room for the one that they come in by.
+        return list(orders.joiners()) if orders is not None and not snapshots.is_lent else []
+
+    ready = run.of_first("steps (join)", ready_now)
     return [slot for slot in ready if isinstance(run.group, Arena) and slot not in run.group.members]
 
 

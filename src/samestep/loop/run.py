@@ -111,9 +111,9 @@ class Run:
         session.model = session.crew.model = Model(things, session.group, options)
         bound = agree if agree is not None else Synchronous()
         session.agreed = bound.bind(session.model, session.group, session.calls, session.clock, tolerance, allowance)
-        session.keeper.resume()
+        session.replay.begin()
         session.model.integrity.watch()
-        if session.keeping.checkpoint is not None and session.keeper.newcomer is None:
+        if session.keeping.checkpoint is not None and session.replay.newcomer is None:
             session.archive.prepare(session.keeping.checkpoint)
 
     def steps(

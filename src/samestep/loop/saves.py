@@ -22,9 +22,11 @@ class Saves:
         self._note = note
         self._num_worked = 0
         self._num_failed = 0
+        self._num_skipped = 0
         self._failing = ""
         self._trouble = ""
         self._last_step: int | None = None
+        self._skipped_step = -1
 
     def failed(self, error: StorageError) -> None:
         """Take a save that failed."""
@@ -36,6 +38,11 @@ class Saves:
                 f"loses what was trained after the newest good checkpoint{last}."
             )
         self._failing = error.reason
+
+    def skipped(self, step: int) -> None:
+        """Take a save that was due after `step` while the one before was still being written beside training."""
+        self._num_skipped += step != self._skipped_step
+        self._skipped_step = step
 
     def worked(self, step: int, trouble: StorageError | None) -> None:
         """Take a save that worked.
@@ -55,9 +62,13 @@ class Saves:
         self._trouble = reason
 
     def facts(self) -> dict[str, Any]:
-        """Return how many saves there were, how many of them failed, and why the last one did ("" if it worked)."""
+        """Return how many saves there were, how many of them failed, and why the last one did ("" if it worked).
+
+        Also how many more were due and skipped.
+        """
         return {
             "saves": self._num_worked + self._num_failed,
             "saves_failed": self._num_failed,
             "saving_fails": self._failing,
+            "saves_skipped": self._num_skipped,
         }

@@ -25,6 +25,7 @@ from samestep.loop.keeper import Keeper
 from samestep.loop.mismatch import Conditions
 from samestep.loop.recipe import Keeping, Recipe
 from samestep.loop.record import Record, combined
+from samestep.loop.replay import Replay
 from samestep.loop.supervision import Orders, Supervision
 from samestep.storage import wire
 from samestep.storage.digest import joined_digest, state_digest, tensors_digest
@@ -41,7 +42,8 @@ class Session:
     Attributes:
         recipe, keeping, group: as given.
         feeds: of each data set.
-        keeper: writes down the state and brings it back.
+        keeper: writes down the state.
+        replay: brings it back.
         num_replicas: number of replicas.
         clock, calls, ledger, record, conditions: see their classes.
         model: None until `run.replicate`.
@@ -77,6 +79,7 @@ class Session:
         self.num_reseeds = 0
         self.crew = Crew(group, self.calls, supervision.reporter, supervision.snapshots)
         self.keeper = Keeper(self, supervision)
+        self.replay = Replay(self, self.keeper, supervision)
         self.verifies = supervision.verifies
         self.feeds: dict[Any, Feed] = {}
         self._planned: dict[str, Any] = {}
@@ -101,12 +104,12 @@ class Session:
     @property
     def replaying(self) -> bool:
         """Whether the script has not yet come to the point where the checkpoint was made."""
-        return self.keeper.saved is not None
+        return self.replay.saved is not None
 
     @property
     def silent(self) -> bool:
         """Whether what happens now was reported before."""
-        return self.keeper.silent
+        return self.replay.silent
 
     def recorded(self, kind: str, make: Callable[[], Any], where: str | None = None, again: bool = False) -> Any:
         """Return what `make` gives, and record it; in a replay, what was recorded.
@@ -123,7 +126,7 @@ class Session:
         where = where if where is not None else line_of_user()
         if self.ledger.replaying:
             return self.ledger.next(kind, where)
-        saved = self.keeper.saved
+        saved = self.replay.saved
         if saved is not None:
             raise MismatchError(
                 f"The script calls run.{kind} at {where} where the checkpoint {saved.path} was made: the script "
@@ -131,7 +134,7 @@ class Session:
             )
         value = self.crew.surviving(make) if again else make()
         self.ledger.append(kind, where, value)
-        self.keeper.took(len(self.ledger))
+        self.replay.took(len(self.ledger))
         return value
 
     def of_first(self, kind: str, make: Callable[[], Any]) -> Any:
@@ -198,7 +201,7 @@ class Session:
             StorageError: it could not be written. That is recorded too: a script may catch it, and a replay must tell
                 it the same.
         """
-        if self.keeper.reach("save"):
+        if self.replay.reach("save"):
             self.ledger.append("save", where, None)
             return
 
@@ -217,10 +220,10 @@ class Session:
         """Return the facts of the summary; on the first worker all of them. Collective."""
         if self.model is None:
             raise UsageError("main ended without run.replicate(...): nothing was trained.")
-        self.keeper.reach("finish")
+        self.replay.reach("finish")
         self.ledger.check_finished()
-        if self.keeper.saved is not None:
-            saved = self.keeper.saved.path
+        if self.replay.saved is not None:
+            saved = self.replay.saved.path
             raise MismatchError(f"The script ended before the point where the checkpoint {saved} was made.")
         self.keeper.at_end()
         weights = tensors_digest(self.model.named_tensors())

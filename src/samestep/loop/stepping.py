@@ -83,10 +83,10 @@ class Stepping:
         while session.replaying:
             batch = next(slices, None)
             if batch is None:
-                session.keeper.after_step(last=True)
+                self._after_step(last=True)
                 return
             yield from self._one(walk, batch, None)
-            session.keeper.after_step(last=False)
+            self._after_step(last=False)
         ahead: deque[Slice] = deque()
         is_first, divided, stream = True, session.crew.num_regroups, walk.stream(session.worker, slices, ahead)
         try:
@@ -111,10 +111,10 @@ class Stepping:
                 ahead.popleft()
                 yield from self._one(walk, batch, self._on_device(shards))
                 session.record.timed(batch.size, time.perf_counter() - begin)
-                session.keeper.after_step(last=False)
+                self._after_step(last=False)
         finally:
             stream.close()
-        session.keeper.after_step(last=True)
+        self._after_step(last=True)
 
     def update(self, step: Step, part: Part, choices: Choices) -> Outcome:
         """Make one update for `step`, or give what was recorded of it."""
@@ -187,6 +187,12 @@ class Stepping:
             )
         self.session.tell(step.number, batch.epoch, step.loss)
         self._step = None
+
+    def _after_step(self, last: bool) -> None:
+        if self.session.replaying:
+            self.session.replay.reach("after_step")
+        else:
+            self.session.keeper.after_step(last)
 
     def _on_device(self, shards: Sequence[Shard | None]) -> Sequence[Shard | None]:
         device = self.session.worker.device

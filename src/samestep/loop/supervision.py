@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from samestep.core.clock import Pulse
 from samestep.core.snapshot import Snapshots
@@ -24,6 +24,22 @@ class Orders(Protocol):
         """Return the slots of workers that are ready and shall be taken in."""
 
 
+class Writer(Protocol):
+    """Takes the snapshot that is lent (`core.snapshot`) to the disk, in a process of its own."""
+
+    def write(self, order: dict[str, Any]) -> None:
+        """Let it be written. The snapshot is taken back when that has ended.
+
+        Args:
+            order: folder, step, keep as for `Archive.save`; cwd, which the folder is relative to.
+        """
+
+    def answer(self) -> dict[str, Any] | None:
+        """Return, once, what became of the last order: its step, and `trouble` with deleting old checkpoints or None,
+        or a message and the reason (None: the disk is not to blame). None if there is nothing new.
+        """
+
+
 @dataclass(frozen=True, kw_only=True)
 class Supervision:
     """One worker's ties.
@@ -35,6 +51,7 @@ class Supervision:
         orders: what the supervisor wants of the run, or None.
         joins: this worker takes the place of one that has died, in a run that is under way.
         verifies: whether memory is looked at for flipped bits.
+        writer: writes checkpoints beside training, or None.
     """
 
     reporter: Reporter = field(default_factory=Silent)
@@ -43,3 +60,4 @@ class Supervision:
     orders: Orders | None = None
     joins: bool = False
     verifies: bool = True
+    writer: Writer | None = None

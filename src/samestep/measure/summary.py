@@ -204,13 +204,15 @@ def _checks_in_words(facts: dict[str, Any]) -> str:
 
 
 def _saves_in_words(facts: dict[str, Any]) -> str:
-    """Return words only where a save failed."""
+    """Return words only where a save failed or was skipped."""
     failed, saves, reason = facts.get("saves_failed"), facts.get("saves"), facts.get("saving_fails")
-    if not failed:
-        return ""
-    if reason:
+    if failed and reason:
         return f"{failed} of {saves} saves FAILED, the last one too: {reason}. The end of this run is in no checkpoint."
-    return f"{failed} of {saves} saves failed; the last one worked"
+    skipped = facts.get("saves_skipped")
+    words = [f"{failed} of {saves} saves failed; the last one worked"] if failed else []
+    if skipped:
+        words.append(f"{skipped} {'was' if skipped == 1 else 'were'} due while the one before was still being written")
+    return "; ".join(words)
 
 
 def _keeps_promise(facts: dict[str, Any]) -> bool:

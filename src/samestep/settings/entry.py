@@ -22,7 +22,9 @@ from samestep.launching.orders import Orders
 from samestep.launching.output import Muted, Plumbing
 from samestep.launching.supervisor import Fleet, supervise
 from samestep.launching.verdict import Outcome
+from samestep.launching.writer import Writer
 from samestep.settings import seat
+from samestep.settings.checkpoints import write_lent
 from samestep.settings.options import Options, words_of
 from samestep.settings.origin import keep as keep_lines
 
@@ -37,7 +39,8 @@ class Saving(TypedDict, total=False):
     """What a run writes down and goes on from; `launch` says what each is."""
 
     checkpoint: str | os.PathLike[str] | None
-    every: int | None
+    every: int | str | None
+    async_checkpoints: bool | None
     resume: str | os.PathLike[str] | None
     accept: str | Sequence[str] | None
     hang_after: float | None
@@ -71,7 +74,8 @@ def launch(
         hang_after: seconds without progress after which a worker is replaced, or 8 times the usual step if that is
             longer; default 5; 0 for never.
         checkpoint: folder for checkpoints.
-        every: steps between checkpoints.
+        every: steps between checkpoints, or time: "30s", "10m", "2h".
+        async_checkpoints: write them beside training, which then pauses only while its state is copied in memory.
         resume: checkpoint, or folder of them, to go on from.
         accept: what may differ from it all the same: "code", "environment", "data", one or several.
 
@@ -98,6 +102,7 @@ def launch(
         seed=seed,
         checkpoint=os.fspath(checkpoint) if checkpoint is not None else None,
         every=saving.get("every"),
+        async_checkpoints=saving.get("async_checkpoints"),
         resume=os.fspath(resume) if resume is not None else None,
         accept=words_of(accept) if accept is not None else None,
         hang_after=saving.get("hang_after"),
@@ -360,9 +365,12 @@ def _fleet(body: zygote.Body, options: Options, plumbing: Plumbing, **context: A
     # Its memory has no name and goes with this process. `verify` compares runs: a death is an error there.
     snapshots = Snapshots() if options.trace is None else None
     orders = Orders()
+    writer = None
+    if snapshots is not None:
+        writer = Writer(functools.partial(write_lent, snapshots), snapshots.take_back, lambda: snapshots.lender)
     return Fleet(
         body=body,
-        context={"options": options.to_dict(), "snapshots": snapshots, "orders": orders, **context},
+        context={"options": options.to_dict(), "snapshots": snapshots, "orders": orders, "writer": writer, **context},
         share=Handles.create,
         plumbing=plumbing,
         run_folder=options.checkpoint,
@@ -370,6 +378,7 @@ def _fleet(body: zygote.Body, options: Options, plumbing: Plumbing, **context: A
         num_oom_kills=num_oom_kills,
         orders=orders,
         survivors_go_on=True,
+        writer=writer,
     )
 
 

@@ -28,7 +28,8 @@ class Options:
         threads: intra-op threads of each worker.
         seed: of every random number.
         checkpoint: folder for checkpoints.
-        every: steps between checkpoints.
+        every: steps between checkpoints, or time ("30s", "10m", "2h").
+        async_checkpoints: write them beside training.
         resume: checkpoint to go on from.
         device: "cpu" or "cuda".
         hang_after: seconds after which a worker that makes no progress counts as hung; 0 for never.
@@ -42,7 +43,8 @@ class Options:
     threads: int | None = None
     seed: int | None = None
     checkpoint: str | None = None
-    every: int | None = None
+    every: int | str | None = None
+    async_checkpoints: bool | None = None
     resume: str | None = None
     device: str | None = None
     hang_after: float | None = None
@@ -83,7 +85,11 @@ class Options:
         if self.trace is not None:
             return Keeping(trace=self.trace)
         return Keeping(
-            checkpoint=self.checkpoint, every=self.every, resume=self.resume, accept=tuple(self.accept or ())
+            checkpoint=self.checkpoint,
+            every=self.every,
+            async_checkpoints=bool(self.async_checkpoints),
+            resume=self.resume,
+            accept=tuple(self.accept or ()),
         )
 
     def check(self) -> None:
@@ -96,6 +102,11 @@ class Options:
         if self.every is not None:
             Keeping(every=self.every, checkpoint=self.checkpoint if self.checkpoint is not None else "unknown yet")
         Keeping(accept=tuple(self.accept or ()))
+        if self.async_checkpoints and self.protect is False:
+            raise SettingsError(
+                "You set async_checkpoints and protect=False, but such checkpoints are taken from the copy of the "
+                "state in memory that protect=False saves. Use one of them: --protect, or --no-async-checkpoints."
+            )
         if self.device is not None and self.device not in DEVICES:
             raise SettingsError(f"You set device={self.device!r}. Use one of {' and '.join(DEVICES)}.")
         if self.hang_after is not None and not _is_seconds(self.hang_after):

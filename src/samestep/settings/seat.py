@@ -100,6 +100,7 @@ def take_part(context: WorkerContext, main: Main, asked: Options) -> Any:
             orders=context.orders,
             joins=context.joins,
             verifies=options.protect is not False,
+            writer=context.writer,
         )
         result, facts = play(main, options, context.group, supervision)
     except Halted:
