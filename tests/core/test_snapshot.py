@@ -108,7 +108,7 @@ def test_what_is_lent_stays_and_the_others_go_on(snapshots):
         lent = snapshots.lent()
         assert lent.step == 2 and torch.equal(lent.weights["a"], torch.full((3, 2), 2.0))
     snapshots.take_back()
-    assert not snapshots.is_lent
+    assert snapshots.lender is None
     keep(snapshots, 6)
     assert snapshots.newest().step == 6 and len({memory.step for memory in map(snapshots._read, (0, 1))} - {2}) == 2
 

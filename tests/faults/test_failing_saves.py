@@ -53,6 +53,9 @@ class Notes:
     def trace(self, frame):
         pass
 
+    def recorded(self, num_calls):
+        pass
+
 
 def train(keeping, workers=1, steps=8, before=lambda run, step: None, disk=None):
     """Train with a checkpoint after every step; return the facts and the notes of the first worker."""

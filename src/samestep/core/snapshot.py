@@ -46,10 +46,31 @@ _BLOCK_BYTES = 512
 """What the system counts the memory of a file in."""
 
 
+class Offers:
+    """Where workers that join are told that the newest snapshot is where they come in."""
+
+    def __init__(self, control: mmap.mmap, words: memoryview[int]):
+        self._control = control
+        self._words = words
+
+    def make(self, facts: dict[str, Any]) -> None:
+        """Make an offer; `facts` are JSON values."""
+        text = json.dumps(facts).encode()
+        self._words[_OFFER + 1] = len(text)
+        self._control[_OFFER_TEXT : _OFFER_TEXT + len(text)] = text
+        self._words[_OFFER] += 1
+
+    def newest(self) -> tuple[int, dict[str, Any]]:
+        """Return the number of the newest offer (0: there was none), and what it says."""
+        number, length = self._words[_OFFER], self._words[_OFFER + 1]
+        return number, json.loads(self._control[_OFFER_TEXT : _OFFER_TEXT + length]) if number else {}
+
+
 class Snapshots:
     """Room for the newest snapshot of one launch call after the other.
 
     Attributes:
+        offers: to workers that join.
         damaged: committed steps of the snapshots that `newest` passed over, because they are not as they were written.
     """
 
@@ -59,6 +80,7 @@ class Snapshots:
         self._control = mmap.mmap(-1, 16 * mmap.PAGESIZE)
         self._words = memoryview(self._control).cast("q")
         self._maps: dict[int, mmap.mmap] = {}
+        self.offers = Offers(self._control, self._words)
 
     @property
     def num_calls(self) -> int:
@@ -68,23 +90,6 @@ class Snapshots:
     @num_calls.setter
     def num_calls(self, count: int) -> None:
         self._words[2] = max(self._words[2], count)
-
-    def offer(self, facts: dict[str, Any]) -> None:
-        """Let workers that join know that the newest snapshot is where they come in; `facts` are JSON values."""
-        text = json.dumps(facts).encode()
-        self._words[_OFFER + 1] = len(text)
-        self._control[_OFFER_TEXT : _OFFER_TEXT + len(text)] = text
-        self._words[_OFFER] += 1
-
-    def offered(self) -> tuple[int, dict[str, Any]]:
-        """Return the number of the newest offer (0: there was none), and what it said."""
-        number, length = self._words[_OFFER], self._words[_OFFER + 1]
-        return number, json.loads(self._control[_OFFER_TEXT : _OFFER_TEXT + length]) if number else {}
-
-    @property
-    def is_lent(self) -> bool:
-        """Whether a snapshot is lent."""
-        return bool(self._words[_LENT])
 
     @property
     def num_bytes(self) -> int:
@@ -163,7 +168,7 @@ class Snapshots:
     @property
     def lender(self) -> int | None:
         """The slot of the worker that lent a snapshot; None if none is lent."""
-        return self._words[_LENDER] if self.is_lent else None
+        return self._words[_LENDER] if self._words[_LENT] else None
 
     def lent(self) -> Checkpoint | None:
         """Return the snapshot that is lent; None if it is not as it was written, or was withdrawn.
@@ -176,6 +181,14 @@ class Snapshots:
     def take_back(self) -> None:
         """Let the memory that was lent be written over."""
         self._words[_LENT] = 0
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._words.release()
+        self._control.close()
+        self._maps.clear()
+        for memory in self._memories:
+            os.close(memory)
 
     @property
     def _newest(self) -> int:

@@ -422,7 +422,7 @@ class _Supervisor:
             crash = Crash(dump=member.output.stack(), wrote_protected=wrote, by_kernel=by_kernel)
             self._fence.renew(member.rank)
         if self._fleet.writer is not None:
-            self._fleet.writer.lost(member.rank)
+            self._fleet.writer.begin(member.rank)
         self._tell(Exited(member.rank, member.generation, member.pid, status, crash))
 
     def _end_all(self) -> None:

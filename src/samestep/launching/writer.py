@@ -96,16 +96,14 @@ class Writer:
         """Return a descriptor that is readable when there is something to serve."""
         return self._selector.fileno()
 
-    def begin(self) -> None:
-        """Before workers are forked: take up what those before them have ordered, or died in the middle of ordering."""
-        self.serve()
-        if not self.pid:
-            self._release()
+    def begin(self, slot: int | None = None) -> None:
+        """Take up what a worker that is gone has ordered, or died in the middle of ordering.
 
-    def lost(self, slot: int) -> None:
-        """A worker is gone; it may have died before it ordered what it had made ready."""
+        Args:
+            slot: of that worker; None if all are gone.
+        """
         self.serve()
-        if not self.pid and self._lender() == slot:
+        if not self.pid and slot in (None, self._lender()):
             self._release()
 
     def serve(self) -> None:

@@ -47,7 +47,7 @@ class Background:
         free = True
         if self._group.worker.is_first:
             self._hear()
-            free = not self.snapshots.is_lent
+            free = self.snapshots.lender is None
             self._is_late = not free
             if not free:
                 self._saves.skipped(step)
@@ -64,7 +64,7 @@ class Background:
     def is_overdue(self) -> bool:
         """In the first worker: hear what is new; return whether the writer is free for what was skipped."""
         self._hear()
-        return self._is_late and not self.snapshots.is_lent
+        return self._is_late and self.snapshots.lender is None
 
     def settle(self, wait: bool) -> bool:
         """Hear what became of the last checkpoint; return False if it failed. Collective.
@@ -73,7 +73,7 @@ class Background:
             wait: until it is written, or has failed.
         """
         if self._group.worker.is_first:
-            while wait and self.snapshots.is_lent:
+            while wait and self.snapshots.lender is not None:
                 time.sleep(_POLL)
             self._hear()
         return bool(self._calls.meet(_CALL, line_of_user(), not self._has_failed)[0][0])
@@ -84,7 +84,7 @@ class Background:
         Raises:
             CheckpointError: the checkpoint cannot be written, on whatever disk.
         """
-        answer = None if self.snapshots.is_lent else self._writer.answer()
+        answer = None if self.snapshots.lender is not None else self._writer.answer()
         if answer is None:
             return
         if "message" not in answer:

@@ -42,7 +42,7 @@ def who_joins(run: Joined, orders: Orders | None, snapshots: Snapshots) -> list[
 
     def ready_now() -> list[int]:
         # While a snapshot is lent there may be no room for the one that they come in by.
-        return list(orders.joiners()) if orders is not None and not snapshots.is_lent else []
+        return list(orders.joiners()) if orders is not None and not snapshots.lender is not None else []
 
     ready = run.of_first("steps (join)", ready_now)
     return [slot for slot in ready if isinstance(run.group, Arena) and slot not in run.group.members]
@@ -62,7 +62,7 @@ def let_in(run: Joined, snapshots: Snapshots, joining: Sequence[int], step: int,
     if run.group.worker.is_first:
         group = run.group
         taking_part = {"members": group.members, "answered": group.deaths.answered, "joining": joining}
-        snapshots.offer({**taking_part, "count": group.count, "step": step, "last_write": last_write})
+        snapshots.offers.make({**taking_part, "count": group.count, "step": step, "last_write": last_write})
     run.crew.regroup(joining)
 
 
@@ -74,7 +74,7 @@ class Newcomer:
         self._run = run
         self._snapshots = snapshots
         self._reporter = reporter
-        self._known, _ = snapshots.offered()
+        self._known, _ = snapshots.offers.newest()
         self._offer: dict[str, Any] | None = None
 
     def first(self) -> Checkpoint:
@@ -102,7 +102,7 @@ class Newcomer:
     def _await_offer(self) -> Checkpoint:
         self._reporter.ready()
         while True:
-            number, offer = self._snapshots.offered()
+            number, offer = self._snapshots.offers.newest()
             if number > self._known and self._run.group.slot in offer["joining"]:
                 break
             time.sleep(_POLL)
