@@ -131,7 +131,7 @@ class Writer:
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def finish(self, received: list[int], wake: socket.socket, tell: Callable[[str], None]) -> None:
-        """When the last worker is gone: let what was ordered be written, unless a signal comes.
+        """When the last worker is gone: let what was ordered be written, unless a signal comes, and close everything.
 
         Args:
             received: signals that have come, and will come.
@@ -153,6 +153,8 @@ class Writer:
                     told_at = float("inf")
                     tell("A checkpoint is still being written. Ctrl-C ends the run without it.")
         self.kill()
+        self._orders.close()
+        self.abandon()
 
     def kill(self) -> None:
         """End the process at once, if there is one, and forget what was ordered."""
