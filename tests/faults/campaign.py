@@ -101,6 +101,11 @@ class Listener:
         self.notes: list[str] = []
         self.steps: list[int] = []
 
+    @property
+    def deaths(self) -> list[str]:
+        """What was told of deaths."""
+        return [note for note in self.notes if not note.endswith("is back.")]
+
     def frame(self, frame: Any) -> bool:
         if frame.kind == "finished":
             self.facts = frame.info["facts"]
@@ -138,7 +143,7 @@ def violations(outcome: Any, listener: Listener, expected: dict[str, Any], num_f
     from samestep.launching.restarts import IN_VAIN
 
     wrong = []
-    if outcome.code == 1 and "came no further" in outcome.message and len(listener.notes) >= IN_VAIN - 1:
+    if outcome.code == 1 and "came no further" in outcome.message and len(listener.deaths) >= IN_VAIN - 1:
         # So many faults in a row, before the next call was recorded, look like a script that always crashes there.
         return []
     if outcome.code or outcome.message:
@@ -150,8 +155,8 @@ def violations(outcome: Any, listener: Listener, expected: dict[str, Any], num_f
     ]
     if listener.steps != sorted(listener.steps):
         wrong.append(f"progress went back: {listener.steps}")
-    if len(listener.notes) > num_faults:
-        wrong.append(f"{len(listener.notes)} deaths for {num_faults} faults")
+    if len(listener.deaths) > num_faults:
+        wrong.append(f"{len(listener.deaths)} deaths for {num_faults} faults")
     if os.listdir("/proc/self/task") != [str(os.getpid())]:
         wrong.append("a thread is left")
     try:
@@ -194,7 +199,7 @@ def campaign(num_cases: int, seed: int) -> int:
         wrong = violations(outcome, listener, expected, len(faults))
         if len(os.listdir("/proc/self/fd")) > open_before:
             wrong.append("descriptors are left")
-        deaths = len(listener.notes)
+        deaths = len(listener.deaths)
         num_wrong, num_deaths = num_wrong + bool(wrong), num_deaths + deaths
         print(
             json.dumps(

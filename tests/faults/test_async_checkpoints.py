@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -115,7 +116,7 @@ def test_a_worker_dies_while_a_checkpoint_is_written_and_the_write_goes_on(steer
     code, err = run.end()
     assert code == 0, err
     assert run.result == undisturbed
-    assert "All workers start again from the newest state" in err and "FAIL" not in err
+    assert re.search("start again|replicas moved", err) and "FAIL" not in err
     assert 60 in steps_of(shell)
     assert all(checkpoint.read(path) for path in checkpoint.steps_in(shell.folder / "kept"))
     assert resumed(steered) == undisturbed

@@ -1,6 +1,7 @@
 """A script that is edited while it runs: workers that start again run what the others ran."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -41,6 +42,6 @@ def test_the_code_is_that_of_the_start(tmp_path, clean_environment):
         environment = {**clean_environment, "TMPDIR": str(tmp_path)}
         ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
         assert ended.returncode == 0, ended.stderr
-        assert "start again" in ended.stderr
+        assert re.search("start again|replicas moved", ended.stderr)
         digests[name] = json.loads((folder / "summary.json").read_text())["weights_digest"]
     assert len(set(digests.values())) == 1, digests
