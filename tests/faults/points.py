@@ -35,7 +35,15 @@ PROTOCOL = (
     *("samestep.settings.seat:take_part", "samestep.settings.seat:play", "samestep.settings.seat:_seat"),
     "samestep.settings.seat:_group",
     *(f"samestep.core.arena:Arena.{name}" for name in ("__init__", "exchange", "allocate", "_round", "_wait")),
-    *(f"samestep.core.arena:Arena.{name}" for name in ("_block_until", "_wake")),
+    *(f"samestep.core.arena:Arena.{name}" for name in ("_block_until", "_wake", "_seat", "reform", "join")),
+    *("samestep.core.regions:Regions.take", "samestep.core.calls:Calls.end_shards"),
+    *("samestep.loop.crew:Crew.surviving", "samestep.loop.crew:Crew.regroup"),
+    *("samestep.loop.newcomer:who_joins", "samestep.loop.newcomer:let_in"),
+    *(f"samestep.loop.newcomer:Newcomer.{name}" for name in ("first", "further", "come_in", "_await_offer")),
+    *("samestep.core.model:Model.reseat", "samestep.core.model:Trained.reseat", "samestep.core.model:Trained._meet"),
+    *("samestep.core.element_update:ElementUpdate.reseat", "samestep.core.places:Places.reseat"),
+    *("samestep.core.places:Places.add", "samestep.loop.archive:Archive.take_over"),
+    *(f"samestep.core.integrity:Integrity.{name}" for name in ("publish", "verify", "updated", "watch", "reseat")),
     *("samestep.core.calls:Calls.meet", "samestep.core.calls:Calls.heard", "samestep.core.calls:Calls.ask"),
     *(f"samestep.core.model:Trained.{name}" for name in ("__init__", "reload_if_stale", "release")),
     *(f"samestep.core.gradients:Gradients.{name}" for name in ("begin_pass", "begin_shard", "end_shard", "presence")),
@@ -51,13 +59,14 @@ PROTOCOL = (
     *(f"samestep.loop.keeper:Keeper.{n}" for n in ("after_step", "at_end", "write", "_snapshot_if_due", "_snapshot")),
     "samestep.loop.keeper:Keeper._facts",
     *(f"samestep.loop.replay:Replay.{n}" for n in ("begin", "took", "reach", "_begin_after_death", "_begin_replay")),
+    "samestep.loop.replay:Replay._come_in",
     *(f"samestep.loop.archive:Archive.{name}" for name in ("prepare", "save", "snapshot", "restore", "_first")),
     *(f"samestep.loop.archive:Archive.{name}" for name in ("_write", "_contents", "_restore_optimizer")),
     *(f"samestep.loop.session:Session.{name}" for name in ("recorded", "of_first", "tell", "save", "finish")),
     *(f"samestep.storage.ledger:Ledger.{name}" for name in ("append", "next", "to_facts", "extend", "check_finished")),
     *(f"samestep.loop.stepping:Stepping.{name}" for name in ("walk", "update", "_one")),
     *(f"samestep.loop.step:Step.{name}" for name in ("__iter__", "_play", "backward", "update")),
-    *("samestep.loop.feed:Feed.commit", "samestep.loop.feed:Feed.restore", "samestep.loop.feed:Feed.batches"),
+    *("samestep.loop.feed:Feed.commit", "samestep.loop.feed:Feed.batches", "samestep.loop.feed:count_read"),
     *("samestep.storage.checkpoint:write", "samestep.storage.checkpoint:load_newest"),
     "samestep.launching.channel:Sender.send",
 )
@@ -141,8 +150,11 @@ class Average:
         self.value.copy_(state["value"])
 
 
-def main(run: Any, wrong: Callable[[str], None], saves: str | None) -> dict[str, Any]:
-    """Train with what a restart could lose: Python variables, random numbers, buffers, a scheduler, skipped updates."""
+def main(run: Any, wrong: Callable[[str], None], saves: str | None, num_workers: int) -> dict[str, Any]:
+    """Train with what a restart could lose: Python variables, random numbers, buffers, a scheduler, skipped updates.
+
+    Steps take longer while somebody is missing, so that who comes in their place finds the others still there.
+    """
     import torch
     from torch import nn
     from torch.nn import functional as F
@@ -175,6 +187,8 @@ def main(run: Any, wrong: Callable[[str], None], saves: str | None) -> dict[str,
             skipped += step.skipped
             losses.append(0.0 if step.skipped else step.loss)
             noise += float(torch.rand(()))
+            if run.worker.size < num_workers and not run._session.replaying:
+                time.sleep(0.15)
         words.append(run.once(count))
         if saves is not None:
             with contextlib.suppress(StorageError):
@@ -196,7 +210,9 @@ def body(board: Board, points: Sequence[Point], strikes: Sequence[Strike], folde
     tracer = Tracer(points, board, strikes, context.rank, lambda: snapshots.num_calls)
     saves = os.path.join(folder, "saves") if folder is not None else None
     tracer.start()
-    seat.take_part(context, functools.partial(main, wrong=wrong, saves=saves), Options())
+    seat.take_part(
+        context, functools.partial(main, wrong=wrong, saves=saves, num_workers=context.num_forked), Options()
+    )
 
 
 def hurried(place: str) -> contextlib.ExitStack:
@@ -324,8 +340,9 @@ class Points:
 
     def scenes(self) -> list[Case]:
         """Return where points are looked for: undisturbed, and with one death early or late, of either worker."""
-        update = self.at("Stepping.update", "session, model =")
+        update, shard = self.at("Stepping.update", "session, model ="), self.at("Step.backward", "counted = ")
         deaths = [Strike("kill", rank, 0, update, time) for rank, time in ((1, 6), (0, 6), (1, 2))]
+        deaths += [Strike("kill", rank, 0, shard, 5) for rank in (0, 1)]
         calm = [Case(writes) for writes in (False, True)]
         return calm + [Case(writes, (death,)) for writes in (False, True) for death in deaths]
 
@@ -373,8 +390,8 @@ def sample(reached: Sequence[Reached], kinds: Sequence[str], seed: int) -> list[
             ranks = draw.sample(sorted(of_rank), len(of_rank))
             first = draw.choice([at for at in of_rank[ranks[0]] if at.birth == of_rank[ranks[0]][0].birth])
             strikes = [*first.case.strikes, first.struck(kind, draw)]
-            # The other comes there as well: the first has not got past it. Whether more than once is not known.
-            birth = first.birth + (kind != "pause")
+            # The other comes there as well, in this life or the next. Whether more than once is not known.
+            birth = first.birth if kind == "pause" else None
             strikes += [Strike(kind, rank, birth, draw.choice(of_rank[rank]).point) for rank in ranks[1:]]
             cases.append(Case(first.case.writes, tuple(strikes)))
     return cases

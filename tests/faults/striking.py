@@ -56,14 +56,14 @@ class Strike:
     Attributes:
         kind: one of `KINDS`: SIGKILL or SIGSTOP to itself, an error that may pass, or a delay.
         rank: the worker.
-        birth: which of the workers of that rank, 0 for the first.
+        birth: which of the workers of that rank, 0 for the first; None for whichever comes there.
         point: the line; it strikes before that runs.
         time: at which time that this worker comes there, from 1.
     """
 
     kind: str
     rank: int
-    birth: int
+    birth: int | None
     point: Point
     time: int = 1
 
@@ -166,7 +166,7 @@ class Tracer:
         self._due = {
             (self._numbers[strike.point.function, strike.point.line], strike.time): (number, strike)
             for number, strike in enumerate(strikes)
-            if (strike.rank, strike.birth) == (rank, self._birth) and board.struck(number) is None
+            if strike.rank == rank and strike.birth in (None, self._birth) and board.struck(number) is None
         }
         self._lines: dict[CodeType, dict[int, int]] = {}
         for name in dict.fromkeys(point.function for point in points):
