@@ -12,7 +12,7 @@ run: .venv/ready
 	$(BIN)/samestep run examples/digits.py
 
 test: .venv/ready
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/compare.py
