@@ -161,7 +161,7 @@ def test_afterwards_model_and_optimizer_are_the_users_own():
 
 
 def test_few_meetings_per_step():
-    """Three a step: shards are done, before the reduction, commit. One more where memory is looked at."""
+    """Two a step: one before the reduction, one to commit. One more where memory is looked at."""
 
     def one(group):
         counting = Counting(group)
@@ -174,7 +174,7 @@ def test_few_meetings_per_step():
         return calls
 
     for calls in run_threads(one, 2):
-        assert all(b - a in (3, 4) for a, b in itertools.pairwise(calls[2:]))
+        assert all(b - a in (2, 3) for a, b in itertools.pairwise(calls[2:]))
 
 
 def test_optimizer_state_is_complete_on_every_worker():

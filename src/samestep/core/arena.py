@@ -21,10 +21,10 @@ exchanges have their own buffers. It cannot enter k+2 before the other has enter
 [Note: workers that die]
 The supervisor marks a worker dead after its process is gone, so its line does not change any more. An exchange that it
 has entered is complete without it: its message lies there. The first one that it has not entered cannot be completed,
-so every survivor finds the same one, and raises `WorkerLost` (outside of `mendable()` it gives up). `reform`
-then agrees on who is left, and on the deaths that this answers; only further ones count from then on. While it is under
-way others may die, and be seen by some survivors only; so each tells whom it counts in, and all try again, one exchange
-later, until all tell the same.
+so every survivor finds the same one, and raises `WorkerLost` once all survivors are there (outside of `mendable()` it
+gives up). `reform` then agrees on who is left, and on the deaths that this answers; only further ones count from then
+on. While it is under way others may die, and be seen by some survivors only; so each tells whom it counts in, and all
+try again, one exchange later, until all tell the same.
 
 [Note: order of stores]
 A worker writes its message, then its `arrived`. x86 makes stores visible in program order. Where the CPU does not
@@ -129,6 +129,8 @@ class Arena(SharedMemoryGroup):
         count: exchanges entered so far.
         deaths: of workers of this host.
     """
+
+    loses_workers = True
 
     def __init__(
         self, worker: Worker, handles: Handles, give_up: Callable[[], NoReturn] | None = None, joins: bool = False
@@ -323,8 +325,9 @@ class Arena(SharedMemoryGroup):
         words = self._words
         if words[0]:
             raise PeerError("Another worker of this run is gone.")
-        # In this order: a dead worker's last store came before its mark.
-        if any(self.deaths.has_died(line // _WORDS - 1) and words[line] < count for line in waiting):
+        # In this order: a dead worker's last store came before its mark. Not while another is on its way: it may still
+        # read what the next exchange but one writes over.
+        if all(self.deaths.has_died(line // _WORDS - 1) and words[line] < count for line in waiting):
             if self._num_mendable:
                 raise WorkerLost
             self._lose("Another worker of this run has died.")

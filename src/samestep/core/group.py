@@ -54,11 +54,13 @@ class Group(ABC):
     Attributes:
         worker: this worker. Another one after others have died or joined.
         shares_memory: what one worker writes, all can read after the next `exchange`.
+        loses_workers: the others can go on without a worker that has died, see `WorkerLost`.
         slot: what stays of a worker when ranks change.
     """
 
     worker: Worker
     shares_memory: bool
+    loses_workers = False
     slot = 0
 
     @abstractmethod

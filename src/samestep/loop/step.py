@@ -121,6 +121,8 @@ class Step:
         session = self._driver.session
         while True:
             yield from self._play_mine()
+            if not session.group.loses_workers:
+                break
             try:
                 with session.group.mendable():
                     session.calls.end_shards()
