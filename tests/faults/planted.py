@@ -15,8 +15,6 @@ import contextlib
 import importlib
 import inspect
 import json
-import os
-import signal
 import sys
 import textwrap
 from collections.abc import Callable
@@ -155,51 +153,6 @@ def one_call_long(old: Any) -> Any:
     return to_facts
 
 
-def frames_of_the_dead(stack: contextlib.ExitStack) -> None:
-    """What a fleet said before it died is heard once more when the next one is seated."""
-    said: list[Any] = []
-
-    def make(old: Any) -> Any:
-        def take(self: Any, member: Any, frame: Any) -> Any:
-            if frame.kind == "seated":
-                for stale in said:
-                    self._do(old(self, member, stale))
-            if frame.kind == "error":
-                said.append(frame)
-            return old(self, member, frame)
-
-        return take
-
-    wrapped("launching.supervisor:_Supervisor._take", make)(stack)
-
-
-def the_living_are_left(stack: contextlib.ExitStack) -> None:
-    """The next fleet starts beside workers of the one before. They are ended when the bug is taken out."""
-    left: list[Any] = []
-
-    def make(old: Any) -> Any:
-        def end_all(self: Any) -> None:
-            for member in self._members:
-                if member.is_alive:
-                    left.append(os.dup(member.pidfd))
-                    member.is_alive = False
-            self._imports.close()
-
-        return end_all
-
-    def end() -> None:
-        for pidfd in left:
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
-            os.close(pidfd)
-
-    stack.callback(end)
-    wrapped("launching.supervisor:_Supervisor._end_all", make)(stack)
-    edited("launching.supervisor:_Supervisor._ended", "other.send_signal(signal.SIGKILL)", "pass")(stack)
-    edited("launching.supervisor:_Supervisor._do", "member.send_signal(signal.SIGTERM)", "pass")(stack)
-    edited("launching.supervisor:_Supervisor._watch", "while any(member.is_alive", "while all(member.is_alive")(stack)
-
-
 def table(points: Points) -> list[Bug]:
     """Return the bugs."""
 
@@ -214,13 +167,14 @@ def table(points: Points) -> list[Bug]:
     dead = case(at("kill", 0, *update, 7))
     from_files = case(at("kill", 1, *update, 2), writes=True)
     copying = "Snapshots.write", "_place(memory, start, places[index]).copy_"
-    torn = case(at("kill", 0, *copying, 40))
-    # Steps 5 and 6 are lost; when 5 was made again, and before 6 is, it dies once more.
-    again = case(at("kill", 0, "Snapshots.write", "head = wire.pack", 4), at("kill", 0, *update, 7, birth=1))
+    # Both: one that is left would write it again.
+    torn = case(at("kill", 0, *copying, 40), at("kill", 1, "Crew.regroup", "group, calls ="))
     commits = "agree.synchronous:LiveSynchronous._commit"
     replay, snapshot, round_ = "loop.replay:Replay.reach", "core.snapshot:Snapshots.write", "core.arena:Arena._round"
-    to_facts, saves = "storage.ledger:Ledger.to_facts", "run.archive.save(folder, run.record.num_steps"
+    to_facts, saves = "storage.ledger:Ledger.to_facts", "run.archive.save(folder, done"
     told = "self.ledger.next(kind, where)"
+    # Else the fold of what was written tells, and the older one is taken.
+    unchecked = edited("core.snapshot:Snapshots._read", "fold(memory, length) != self._words[_FOLD + number]", "False")
     return [
         Bug("a snapshot without Adam's first moment", zero(1, ".exp_avg"), dead),
         Bug("a snapshot without Adam's second moment", zero(1, ".exp_avg_sq"), dead),
@@ -229,7 +183,7 @@ def table(points: Points) -> list[Bug]:
         Bug("a checkpoint without a buffer", zero(0, "running_var"), from_files),
         Bug(
             "what is registered besides modules is not restored",
-            edited("loop.archive:Archive.restore", "other.load_state_dict(state)", "pass"),
+            edited("loop.archive:Archive._set_others", "other.load_state_dict(state)", "pass"),
             dead,
         ),
         Bug(
@@ -245,24 +199,20 @@ def table(points: Points) -> list[Bug]:
         ),
         Bug("the ledger in a snapshot is one call long", wrapped(to_facts, one_call_long), dead),
         Bug(
-            "a snapshot is marked as whole before it is copied",
-            edited(snapshot, "self._words[number] = 0", "self._words[number] = serial"),
-            torn,
-        ),
-        Bug(
             "one memory, and writing to it is not marked",
             both(
                 edited(snapshot, "self._words[number] = 0", "pass"),
                 wrapped("core.snapshot:Snapshots._next", lambda old: lambda self, num_bytes: 0),
+                unchecked,
             ),
             torn,
         ),
         Bug(
             "the facts of one snapshot with the tensors of the other",
             edited(
-                "core.snapshot:Snapshots.newest",
+                "core.snapshot:Snapshots._read",
                 "tensors = [_place(memory, start, place)",
-                "memory = mmap.mmap(self._memories[1 - number], length); tensors = [_place(memory, start, place)",
+                "memory = mmap.mmap(self._memories[1 - number], 0); tensors = [_place(memory, start, place)",
             ),
             dead,
         ),
@@ -277,13 +227,17 @@ def table(points: Points) -> list[Bug]:
             dead,
         ),
         Bug(
-            "samples count once per worker after a restart",
-            edited(replay, "if self._run.group.worker.is_first else SampleCount()", ""),
+            "samples that another worker has read are not counted",
+            edited(
+                "agree.synchronous:LiveSynchronous.update",
+                "sum(v[7][0] for v, _ in met)",
+                "sum(v[7][0] for v, _ in met[:1])",
+            ),
             dead,
         ),
         Bug(
-            "samples read before a death are forgotten",
-            wrapped("loop.feed:Feed.restore", lambda old: lambda self, read: None),
+            "what was read is not in the ledger",
+            edited("loop.stepping:Stepping.update", "list(made.read)", "[0, 0]"),
             dead,
         ),
         Bug(
@@ -321,8 +275,8 @@ def table(points: Points) -> list[Bug]:
             "the rule on what is not finite is lost in a restart",
             edited(
                 "loop.run:Run.replicate",
-                "tolerance = Tolerance(nonfinite)",
-                "tolerance = Tolerance('stop' if self._session.replay._num_known else nonfinite)",
+                "= Tolerance(nonfinite),",
+                "= Tolerance('stop' if self._session.replay._num_known else nonfinite),",
             ),
             dead,
         ),
@@ -330,11 +284,6 @@ def table(points: Points) -> list[Bug]:
             "steps are told again in a replay",
             wrapped("loop.replay:Replay.silent", lambda old: property(lambda self: False)),
             dead,
-        ),
-        Bug(
-            "the count of recorded calls falls in a restart",
-            edited_setter("core.snapshot:Snapshots.num_calls"),
-            again,
         ),
         Bug(
             "a checkpoint is named by the step before",
@@ -352,12 +301,12 @@ def table(points: Points) -> list[Bug]:
         ),
         Bug(
             "one message buffer for even and odd exchanges",
-            edited(round_, "self._count & 1", "0"),
+            edited(round_, "self.count & 1", "0"),
             case(at("pause", 1, "Arena._round", "replies, most = [], 1", 9)),
         ),
         Bug(
             "arrived is counted before the message is written",
-            edited(round_, "length = len(message)", "length = len(message); words[self._mine] = self._count + 1"),
+            edited(round_, "length = len(message)", "length = len(message); words[self._mine] = self.count + 1"),
             case(at("pause", 1, "Arena._round", "self._messages[start : start + length] = message", 9)),
         ),
         Bug(
@@ -366,31 +315,12 @@ def table(points: Points) -> list[Bug]:
             case(at("pause", 1, "Arena._round", "length = len(message)", 9)),
         ),
         Bug(
-            "what a dead fleet said is heard again",
-            frames_of_the_dead,
-            case(at("memory", 1, *update, 7)),
-        ),
-        Bug(
-            "the next fleet starts beside living workers",
-            the_living_are_left,
-            dead,
-        ),
-        Bug(
             "a worker that is stopped is not looked for",
             wrapped("guarding.fence:Fence.look", lambda old: lambda *arguments: None),
             case(at("stop", 1, *update, 7)),
             limit_seconds=_HANG_SECONDS,
         ),
     ]
-
-
-def edited_setter(name: str) -> Plant:
-    """Let the count of calls be whatever was said last."""
-
-    def set_count(self: Any, count: int) -> None:
-        self._words[2] = count
-
-    return wrapped(name, lambda old: property(old.fget, set_count))
 
 
 def judged(bug: Bug, points: Points) -> tuple[list[str], list[str]]:

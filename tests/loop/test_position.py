@@ -33,7 +33,7 @@ import samestep.core.worker as worker_module
 import samestep.data.proof as proof_module
 import samestep.data.shard as shard_module
 import samestep.loop.feed as feed_module
-import samestep.loop.keeper as keeper_module
+import samestep.loop.replay as replay_module
 import samestep.loop.run as run_module
 import samestep.loop.session as session_module
 import samestep.storage.ledger as ledger_module
@@ -438,7 +438,7 @@ FAULTS = {
         lambda old: lambda self, *args: old(self, *args) if len(self._known) < 1 else None,
     ),
     "the state is restored wherever a loop stands": (
-        keeper_module.Keeper,
+        replay_module.Replay,
         "reach",
         lambda old: lambda self, made_by: old(self, self._saved.facts["made_by"] if self._saved else made_by),
     ),
