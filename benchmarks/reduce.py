@@ -87,7 +87,8 @@ def play(rank: int, num_workers: int, num_rounds: int, handles: object) -> None:
 
 def arena_works(group: object, num_workers: int, num_bytes: int) -> dict[str, Callable[[], object]]:
     """Return what is timed, for a gradient of `num_bytes` that has been folded into the arena."""
-    from samestep.agree.synchronous import Part, Request, Synchronous
+    from samestep.agree.meeting import Part, Request
+    from samestep.agree.synchronous import Synchronous
     from samestep.core.calls import Calls
     from samestep.core.clock import Clock
     from samestep.core.model import Model, Options

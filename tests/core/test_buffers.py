@@ -35,7 +35,7 @@ def play(group, counts: list[int], rule="mean", replace: bool = False):
             if not counts[replica]:
                 continue
             samples[replica] = counts[replica]
-            buffers.begin_shard()
+            buffers.begin_shard(0)
             start = module.mean.clone()
             if replace:
                 module.mean = module.mean + replica + 1
@@ -75,7 +75,7 @@ def test_elements_on_which_all_agree_keep_their_bits():
     buffers = Buffers([("", module)], Solo(), 3)
     buffers.begin_pass()
     for replica in range(3):
-        buffers.begin_shard()
+        buffers.begin_shard(0)
         module.mean.copy_(value)
         module.wide.fill_(replica)
         assert buffers.end_shard(replica)
@@ -89,7 +89,7 @@ def test_buffers_have_version_counters_of_their_own():
     model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4))
     buffers = Buffers([("", model)], Solo(), 1)
     buffers.begin_pass()
-    buffers.begin_shard()
+    buffers.begin_shard(0)
     model(torch.randn(5, 4)).sum().backward()
     assert buffers.end_shard(0)
     assert model[0].running_mean.data_ptr() % 64 == 0
@@ -105,7 +105,7 @@ def test_unknown_rule():
 def test_no_buffers_cost_nothing():
     buffers = Buffers([("", nn.Linear(2, 2))], Solo(), 2)
     buffers.begin_pass()
-    buffers.begin_shard()
+    buffers.begin_shard(0)
     assert buffers.end_shard(0) is False
     buffers.merge({0: 1}, set())
     assert buffers.num_bytes == 0

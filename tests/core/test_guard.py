@@ -18,7 +18,7 @@ def watched():
     module = nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 10).bfloat16(), nn.Linear(1, 1).double())
     names, parameters = zip(*module.named_parameters(), strict=True)
     weights = Weights(Solo(), names, parameters, lay_out([shape_of(p, True) for p in parameters], 1))
-    return module, Guard([module], [weights], 0), weights
+    return module, Guard([module], [weights]), weights
 
 
 EDITS = {
@@ -90,7 +90,7 @@ class Noting(Solo):
 def test_weights_are_read_only_except_between_open_and_accept(watched):
     module, _, weights = watched
     group, everything = Noting(), {weights.memory.data_ptr()}
-    guard = Guard([module], [weights], 0, group)
+    guard = Guard([module], [weights], group)
     assert group.closed == everything
     guard.check()
     assert group.closed == everything

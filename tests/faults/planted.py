@@ -229,9 +229,9 @@ def table(points: Points) -> list[Bug]:
         Bug(
             "samples that another worker has read are not counted",
             edited(
-                "agree.synchronous:LiveSynchronous.update",
-                "sum(v[7][0] for v, _ in met)",
-                "sum(v[7][0] for v, _ in met[:1])",
+                "agree.meeting:Meeting.__init__",
+                "sum(v[7][0] for v in values)",
+                "sum(v[7][0] for v in values[:1])",
             ),
             dead,
         ),

@@ -16,6 +16,7 @@ from test_resume import assert_resumed_is_never_stopped
 from zoo import Convolutional, Perceptron, classes_loss, images, vectors
 
 import samestep.agree.allowance as allowance
+import samestep.agree.meeting as meeting
 import samestep.agree.synchronous as synchronous
 import samestep.data.proof as proof_module
 import samestep.data.shard as shard_module
@@ -517,14 +518,21 @@ def test_all_but_one_sample_may_be_bad():
 
 
 def planned_size(old):
-    return lambda self, request, modes, losses, samples, num_left_out: old(self, request, modes, losses, samples, 0)
+    def faulty(self):
+        left_out, self.left_out = self.left_out, ()
+        try:
+            return old(self)
+        finally:
+            self.left_out = left_out
+
+    return faulty
 
 
 def keeps_it_to_itself(old):
     """The first worker alone tells which of its samples were bad."""
 
     def faulty(self, request, part):
-        part.bad = part.bad if self._group.worker.is_first else ()
+        part.bad = part.bad if self.group.worker.is_first else ()
         return old(self, request, part)
 
     return faulty
@@ -546,7 +554,7 @@ def called_at_once(old):
 
 FAULTS = {
     "the mean is over the planned batch": (
-        synchronous.LiveSynchronous,
+        meeting.Meeting,
         "_total",
         planned_size,
         is_the_mean_over_what_was_read,

@@ -25,6 +25,7 @@ from test_resume import assert_resumed_is_never_stopped, eventful
 from test_samples import assert_each_exactly_once
 from zoo import MODELS, classes_loss, vectors
 
+import samestep.agree.meeting as meeting
 import samestep.agree.synchronous as synchronous
 import samestep.core.element_update as element_update
 import samestep.core.finite as finite
@@ -336,7 +337,7 @@ def always_from_zero(old):
 
 
 def samples_for_words(old):
-    return lambda self, request, *rest: (float(request.num_samples), True)
+    return lambda self: (float(self.request.num_samples), True)
 
 
 def norm_of_squares(old):
@@ -401,9 +402,7 @@ FAULTS = {
         tree, "_lowest_free", lambda old: lambda used: 0, same_bits("perceptron", "sgd")
     ),
     "weights: a mean of means": Fault(step_module.Step, "backward", mean_of_means, big_batch),
-    "weights: samples where words count": Fault(
-        synchronous.LiveSynchronous, "_total", samples_for_words, big_batch_of_words
-    ),
+    "weights: samples where words count": Fault(meeting.Meeting, "_total", samples_for_words, big_batch_of_words),
     "weights: the divisor is left out": Fault(fold.Fold, "chunk", unscaled_once, big_batch_of_words),
     "buffers: shards weigh alike": Fault(Buffers, "merge", sizes_as_if_equal, buffers_are_means_over_samples),
     "buffers: never merged": Fault(Buffers, "merge", nothing, same_bits("convolutional", "sgd")),
@@ -433,7 +432,7 @@ FAULTS = {
         second_arrival_is_refused,
     ),
     "gradients: who used a parameter is not told": Fault(
-        synchronous, "_absent", lambda old: lambda met, trained: {}, same_bits_of("frozen_and_thawed")
+        synchronous, "absent_of", lambda old: lambda frames, trained: {}, same_bits_of("frozen_and_thawed")
     ),
     "gradients: halves are added as halves": Fault(
         weights, "sum_dtype", lambda old: lambda dtype: dtype, halves_are_added_as_floats

@@ -26,8 +26,8 @@ import samestep.loop.run as run_module
 import samestep.loop.session as session_module
 import samestep.loop.step as step_module
 from samestep.agree.allowance import Allowance
+from samestep.agree.meeting import Outcome
 from samestep.agree.nonfinite import Tolerance
-from samestep.agree.synchronous import Outcome
 from samestep.core.group import Solo
 from samestep.core.randomness import seed_start
 from samestep.core.worker import Worker
@@ -86,6 +86,8 @@ class Agreed:
         self.fleet = fleet
         self.tolerance = Tolerance("stop")
         self.allowance = Allowance(rule)
+        self.begin_pass = self.begin_shard = self.leave_shard = self.end_shard = self.settle = nothing
+        self.facts = dict
 
     def update(self, request: Any, part: Any) -> Outcome:
         parts, values = self.fleet.parts, self.fleet.values
@@ -124,7 +126,7 @@ class Fleet:
             group.fleet = self
             session = Session(Recipe(replicas=replicas, seed=5), Keeping(checkpoint="/nowhere", every=1), group)
             session.model = _model()
-            session.agreed = Agreed(self, rule)
+            session.crew.agreed = Agreed(self, rule)
             if resumed is not None:
                 session.replay._begin_replay(_checkpoint(resumed))
             self.players.append(Player(session))
@@ -245,7 +247,7 @@ def _model() -> Any:
 class Archive:
     """Stands in for files: keeps the facts of each checkpoint."""
 
-    def __init__(self, model: Any, group: Any):
+    def __init__(self, model: Any, group: Any, agreed: Any):
         self._group = group
 
     def save(self, folder: str, step: int, facts: dict[str, Any], keep: int | None) -> None:

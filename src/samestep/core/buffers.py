@@ -8,7 +8,7 @@ the bit.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -29,6 +29,7 @@ class Buffers:
         group: Group,
         num_replicas: int,
         rule: Rule | Mapping[str, Rule] = "mean",
+        apart: bool = False,
     ):
         """Move the buffers into one memory of this worker. Collective.
 
@@ -37,6 +38,7 @@ class Buffers:
             group: for the place where replicas' buffers meet.
             num_replicas: number of replicas.
             rule: "mean" or "first", or rules by name pattern ("*.weight_u": "first"); names without a rule: "mean".
+            apart: every replica keeps its own from step to step (`keep`), until they are merged.
         """
         self._rules = {"*": rule} if isinstance(rule, str) else dict(rule)
         for wanted in self._rules.values():
@@ -70,6 +72,7 @@ class Buffers:
             home[key] = view
             self._placed.append((home, key, view))
         self._num_replicas = num_replicas
+        self._apart = apart
         self._dirty = False
         self.reseat()
 
@@ -78,6 +81,8 @@ class Buffers:
         end, size = self.num_bytes, self._group.worker.size
         if end:
             self._meeting = self._group.allocate(end * self._num_replicas, "buffers")
+            if self._apart:
+                self._own = self._group.allocate(end * self._num_replicas, "own buffers")
             runs = [run_of(w, size, self._num_replicas) for w in range(size)]
             self._runs = [range(run.start * end, run.stop * end) for run in runs]
 
@@ -88,9 +93,12 @@ class Buffers:
             self._start.copy_(self._memory)
             self._dirty = False
 
-    def begin_shard(self) -> None:
-        """Give the next shard the buffers of the pass's start."""
-        if self.num_bytes and self._dirty:
+    def begin_shard(self, replica: int) -> None:
+        """Give the next shard the buffers that it starts from."""
+        if self.num_bytes and self._apart:
+            self._memory.copy_(self._of(self._own, replica))
+            self._dirty = True
+        elif self.num_bytes and self._dirty:
             self._memory.copy_(self._start)
             self._dirty = False
 
@@ -99,13 +107,42 @@ class Buffers:
         if not self.num_bytes:
             return False
         self._reattach()
-        if torch.equal(self._memory, self._start):
+        if torch.equal(self._memory, self._of(self._own, replica) if self._apart else self._start):
             return False
         self._dirty = True
-        self._meeting[replica * self.num_bytes :][: self.num_bytes].copy_(self._memory)
+        self._of(self._meeting, replica).copy_(self._memory)
         return True
 
-    def merge(self, counts: Mapping[int, int], changed: set[int]) -> None:
+    def keep(self, replicas: Iterable[int]) -> None:
+        """Let some replicas that this worker plays keep what they published, and go back to the pass's start."""
+        for replica in replicas:
+            self._of(self._own, replica).copy_(self._of(self._meeting, replica))
+        self.restore()
+
+    def publish(self, replicas: Iterable[int]) -> None:
+        """Publish what replicas that this worker plays have kept."""
+        for replica in replicas if self.num_bytes else ():
+            self._of(self._meeting, replica).copy_(self._of(self._own, replica))
+
+    def spread(self, replicas: Iterable[int]) -> None:
+        """Let replicas that this worker plays go on from the buffers as they are now."""
+        for replica in replicas if self.num_bytes else ():
+            self._of(self._own, replica).copy_(self._memory)
+
+    @property
+    def own(self) -> torch.Tensor | None:
+        """What all replicas have kept, uint8; where memory is not shared, what this worker's have."""
+        return self._own if self.num_bytes and self._apart else None
+
+    def gather_own(self) -> None:
+        """Let every worker see what all replicas have kept. Collective where memory is not shared."""
+        if self.own is not None:
+            self._group.share(self._own, self._runs)
+
+    def _of(self, memory: torch.Tensor, replica: int) -> torch.Tensor:
+        return memory[replica * self.num_bytes :][: self.num_bytes]
+
+    def merge(self, counts: Mapping[int, float], changed: set[int]) -> None:
         """Set the buffers to the merged ones. Collective where memory is not shared.
 
         Args:
@@ -115,10 +152,7 @@ class Buffers:
         if not self.num_bytes or not changed:
             return
         self._group.share(self._meeting, self._runs)
-        ends = [
-            self._meeting[r * self.num_bytes :][: self.num_bytes] if r in changed else self._start
-            for r in sorted(counts)
-        ]
+        ends = [self._of(self._meeting, r) if r in changed else self._start for r in sorted(counts)]
         total = sum(counts.values())
         weights = [counts[r] / total for r in sorted(counts)]
         for where, dtype in self._segments:

@@ -34,6 +34,7 @@ class _Sums:
         "chunks",
         "dtype",
         "full",
+        "given",
         "gradients",
         "hook",
         "index",
@@ -56,6 +57,7 @@ class _Sums:
         self.full: list[torch.Tensor | None] = [None] * gradients.script.num_buffers
         self.hook: RemovableHandle | None = None
         self.arrivals = 0
+        self.given: torch.Tensor | None = None
         self.mode = _MANY if many else _COUNTING
 
     def arrive(self, parameter: torch.Tensor) -> None:
@@ -72,9 +74,9 @@ class _Sums:
 
     def fold(self, leaf: Leaf) -> None:
         """Add the parameter's gradient as the current leaf, and complete the sums that it ends."""
-        gradient = self.parameter.grad
+        gradient = self.parameter.grad if self.given is None else self.given
         if gradient is not None:
-            self.parameter.grad = None
+            self.parameter.grad = self.given = None
             if gradient.requires_grad:
                 gradient = gradient.detach()
             if gradient.layout != torch.strided:
@@ -179,7 +181,7 @@ class Gradients:
         for sums in self._sums:
             sums.full[:] = empty
             sums.arrivals = 0
-            sums.parameter.grad = None
+            sums.parameter.grad = sums.given = None
             if sums.parameter.requires_grad:
                 self._num_trainable += 1
                 if sums.hook is None and self.hooked:
@@ -190,6 +192,13 @@ class Gradients:
         self.shard = index
         self.leaf = self.script.leaves[index]
         self._before = self.num_folded
+
+    def give(self, index: int, gradient: torch.Tensor) -> None:
+        """Take `gradient` as that of parameter `index` in this shard, whatever arrives in backward.
+
+        Only where parameters are treated as arriving many times.
+        """
+        self._sums[index].given = gradient
 
     def end_shard(self) -> None:
         """Fold what the hooks left, and complete the sums of parameters that this shard did not use."""

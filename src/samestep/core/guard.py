@@ -26,7 +26,6 @@ class Guard:
         self,
         modules: Sequence[torch.nn.Module],
         weights: Sequence[Weights],
-        rank: int,
         protector: Group | None = None,
     ):
         """Watch `weights`; the places in `modules` where a parameter hangs are watched too.
@@ -34,7 +33,6 @@ class Guard:
         Args:
             modules: the replicated modules.
             weights: all that was moved into the group's memory.
-            rank: this worker's.
             protector: the group, where the weights shall be read-only while nobody may write to them.
         """
         self._memories = [w.memory for w in weights]
@@ -50,7 +48,7 @@ class Guard:
             for key, p in owner._parameters.items()
             if p is not None and id(p) in watched
         ]
-        self._samples = [_Samples(w, rank) for w in weights if w.memory.device.type == "cpu"]
+        self._samples = [_Samples(w) for w in weights if w.memory.device.type == "cpu"]
         self.accept()
 
     def accept(self) -> None:
@@ -119,12 +117,12 @@ _ADVICE = (
 class _Samples:
     """A few elements of each tensor that this worker owns."""
 
-    def __init__(self, weights: Weights, rank: int):
-        run = weights.layout.runs[rank]
+    def __init__(self, weights: Weights):
+        run = weights.layout.runs[weights.rank]
         self._words = weights.memory[run.start : run.stop].view(torch.int32)
         positions: list[int] = []
         self._names: list[str] = []
-        for chunk in weights.layout.chunks[rank]:
+        for chunk in weights.layout.chunks[weights.rank]:
             for piece in chunk:
                 item = weights.layout.shapes[piece.parameter].item_bytes
                 start = weights.layout.offsets[piece.parameter] - run.start + piece.start * item

@@ -6,7 +6,7 @@ Model     all of them, with frozen parameters, buffers, and whatever else has a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from samestep.core.buffers import Buffers, Rule
 from samestep.core.element_update import ElementUpdate
 from samestep.core.fold import Fold, HeldFold
 from samestep.core.gradients import Gradients
-from samestep.core.group import GradientArea, Group
+from samestep.core.group import GradientArea, Group, Solo
 from samestep.core.guard import Guard
 from samestep.core.integrity import Integrity
 from samestep.core.layout import GRANULE, PIECE, Layout, lay_out
@@ -27,7 +27,7 @@ from samestep.core.places import Slot
 from samestep.core.update import Update
 from samestep.core.weights import Weights, check_separate, shape_of
 from samestep.core.whole_update import WholeUpdate
-from samestep.core.worker import run_of
+from samestep.core.worker import Worker, run_of
 from samestep.errors import MismatchError, UsageError
 from samestep.storage import wire
 from samestep.storage.digest import tensor_digest
@@ -44,6 +44,8 @@ class Options:
         many_arrivals: fold every gradient at the end of its shard.
         read_only: between updates a write to the weights kills the worker, where the group can do that.
         verifies: whether memory is looked at for flipped bits.
+        outer: makes, of parameters, the optimizer that updates the weights instead of the user's. Where memory is not
+            shared, every worker then updates all of them, from all replicas' gradients.
     """
 
     num_replicas: int
@@ -52,6 +54,7 @@ class Options:
     many_arrivals: bool = False
     read_only: bool = False
     verifies: bool = True
+    outer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer] | None = None
 
 
 class Trained:
@@ -59,6 +62,7 @@ class Trained:
 
     Attributes:
         optimizer: the user's.
+        applied: the one that updates the weights; the user's too, unless the options name another.
         weights, gradients, sums, update: its mechanism; see their classes.
         replicas: those this worker plays.
         nodes: for each worker, the nodes of the tree that it folds.
@@ -82,14 +86,18 @@ class Trained:
         self._number = number
         self._group = group
         self._options = options
-        self._kind = kind_of(optimizer)
         parameters = list(dict.fromkeys(p for g in optimizer.param_groups for p in g["params"]))
+        self._kind = kind_of(optimizer)
+        self.applied = optimizer
+        if options.outer is not None:
+            self.applied = options.outer(parameters)
+            self._kind = kind_of(self.applied)
         self._shapes = [shape_of(p, divisible=self._kind is Kind.ELEMENT) for p in parameters]
         parameter_names = [names[id(p)] for p in parameters]
         self.weights = Weights(group, parameter_names, parameters, self._layout(), f"weights {number}")
         self._meet()
         made = ElementUpdate if self._kind is Kind.ELEMENT else WholeUpdate
-        self.update: Update = made(optimizer, self.weights, group, f"state {number}")
+        self.update: Update = made(self.applied, self.weights, group, f"state {number}")
         self.stale = False
         self._held = [id(p) for group in optimizer.param_groups for p in group["params"]]
         self._load_hook = optimizer.register_load_state_dict_post_hook(self._loaded)
@@ -171,7 +179,7 @@ class Trained:
 
     def state_bytes(self) -> int:
         """Return bytes of optimizer state tensors that this worker sees."""
-        seen = (v for s in self.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor))
+        seen = (v for s in self.applied.state.values() for v in s.values() if isinstance(v, torch.Tensor))
         return sum(v.numel() * v.element_size() for v in seen)
 
 
@@ -186,6 +194,7 @@ class Model:
     """Everything that was replicated.
 
     Attributes:
+        num_replicas: number of replicas.
         trained: one per optimizer.
         modules: (prefix of names, module), in the order given.
         others: schedulers, scalers and alike: registered for checkpoints only.
@@ -202,6 +211,7 @@ class Model:
         """
         self._group = group
         self._options = options
+        self.num_replicas = options.num_replicas
         modules = [t for t in things if isinstance(t, torch.nn.Module)]
         optimizers = [t for t in things if isinstance(t, torch.optim.Optimizer)]
         self.others = [t for t in things if not isinstance(t, torch.nn.Module | torch.optim.Optimizer)]
@@ -218,9 +228,13 @@ class Model:
             scripts = [tree.script_of(group.worker.replicas(options.num_replicas), options.num_replicas)]
             factor = 3 + group.worker.size * scripts[0].num_buffers
             check_fits(sum(p.numel() * p.element_size() for p in taken.values()) * factor, "The training state")
-        self.trained = [Trained(i, o, names, group, options) for i, o in enumerate(optimizers)]
+        alone = options.outer is not None and not group.shares_memory
+        updating = Solo(Worker(device=group.worker.device)) if alone else group
+        self.trained = [Trained(i, o, names, updating, options) for i, o in enumerate(optimizers)]
         self._frozen = self._share_frozen(names, set(taken), group)
-        self.buffers = Buffers(self.modules, group, options.num_replicas, options.buffers)
+        self.buffers = Buffers(
+            self.modules, group, options.num_replicas, options.buffers, apart=options.outer is not None
+        )
         self._weights = [t.weights for t in self.trained] + self._frozen
         self._held = {id(p) for w in self._weights for p in w.parameters}
         self.guard = self._watch()
@@ -244,7 +258,7 @@ class Model:
     def _watch(self) -> Guard:
         modules = [module for _, module in self.modules]
         protector = self._group if self._options.read_only else None
-        return Guard(modules, self._weights, self._group.worker.rank, protector)
+        return Guard(modules, self._weights, protector)
 
     def named_tensors(self) -> list[tuple[str, torch.Tensor]]:
         """Return all parameters and buffers of the modules, then parameters that only an optimizer holds."""

@@ -65,6 +65,7 @@ class Weights:
         names: one per parameter, for messages.
         parameters: the user's parameters; their `data` lies in `memory`.
         layout: where each lies and who owns what.
+        rank: which of the owners this worker is.
         memory: uint8.
     """
 
@@ -80,6 +81,7 @@ class Weights:
         self.names = list(names)
         self.parameters = list(parameters)
         self.layout = layout
+        self.rank = group.worker.rank
         self._memory_name = memory_name
         self.memory = group.allocate(layout.num_bytes, memory_name)
         self.views: list[torch.Tensor] = []
@@ -89,6 +91,7 @@ class Weights:
     def reseat(self, group: Group, layout: Layout) -> None:
         """Divide the same memory among the workers that `group` has now; one that joins takes over what it holds."""
         self.layout = layout
+        self.rank = group.worker.rank
         memory = group.allocate(layout.num_bytes, self._memory_name)
         if memory.data_ptr() != self.memory.data_ptr():
             self.memory = memory

@@ -8,21 +8,29 @@ are told to the other workers after each update.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from samestep.core.group import Group
+from samestep.core.layout import Layout
 from samestep.core.places import Description, Places, Slot, describe
 from samestep.core.update import State, Sums, Update
-from samestep.core.weights import Weights
 from samestep.storage import wire
+
+
+class Held(Protocol):
+    """The parameters that are updated, as far as it matters here (`Weights`)."""
+
+    parameters: list[torch.nn.Parameter]
+    views: list[torch.Tensor]
+    layout: Layout
 
 
 class WholeUpdate(Update):
     """Steps the user's optimizer on the parameters this worker owns."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, weights: Weights, group: Group, name: str = "state"):
+    def __init__(self, optimizer: torch.optim.Optimizer, weights: Held, group: Group, name: str = "state"):
         self._optimizer = optimizer
         self._weights = weights
         self._group = group

@@ -8,19 +8,27 @@ from typing import Any
 
 import torch
 
+from samestep.agree.agreement import Live
 from samestep.core.group import Group
 from samestep.core.model import Model
 from samestep.core.snapshot import Snapshots
 from samestep.errors import CheckpointError, MismatchError, SettingsError, StorageError
 from samestep.storage import checkpoint, wire
 
+_AGREED = "agreed."
+"""Begins the names of tensors that the way to agree keeps."""
+
+_States = tuple[list[Any], tuple[dict[str, torch.Tensor], Any]]
+"""State of each optimizer, and what the way to agree keeps."""
+
 
 class Archive:
     """Saves and restores what was replicated."""
 
-    def __init__(self, model: Model, group: Group):
+    def __init__(self, model: Model, group: Group, agreed: Live):
         self._model = model
         self._group = group
+        self._agreed = agreed
 
     def prepare(self, folder: str) -> None:
         """See that checkpoints can be written to a folder, before hours depend on it. Collective.
@@ -48,7 +56,7 @@ class Archive:
             StorageError: the disk did not take it.
             CheckpointError: it holds what cannot be written, or another run's checkpoint is in its place.
         """
-        states = [trained.update.full_state() for trained in self._model.trained]
+        states = self._states()
         # The exchange also keeps the others from changing the weights while they are written.
         error = self._first(lambda: self._write(folder, step, facts, states))
         if error is not None:
@@ -65,18 +73,28 @@ class Archive:
 
         The others need not wait for it: none can update weights before the first comes to the next update.
         """
-        states = [trained.update.full_state() for trained in self._model.trained]
+        states = self._states()
         if self._group.worker.is_first:
             weights, state, model = self._contents(states)
             snapshots.write(step, weights, state, {**facts, "model": model})
 
-    def restore(self, saved: checkpoint.Checkpoint) -> None:
+    def restore(self, saved: checkpoint.Checkpoint, any_agreement: bool = False) -> None:
         """Set everything that is registered to what `saved` holds. Collective.
 
+        Args:
+            saved: the state.
+            any_agreement: it may have been made under another way to agree, which then starts from its weights.
+
         Raises:
-            MismatchError: it holds another model.
+            MismatchError: it holds another model, or was made under another way to agree.
         """
         self._check(saved)
+        recipe, mine = saved.facts["model"]["agreed"]["recipe"], repr(self._agreed.recipe)
+        if recipe != mine and not any_agreement:
+            raise MismatchError(
+                f"The checkpoint {saved.path} was made with agree={recipe}, and you set agree={mine}. Set it as it "
+                f"was, or start a new run from its weights: run.load({str(saved.path)!r})."
+            )
         writes = self._group.worker.is_first or not self._group.shares_memory
         self._group.exchange(b"")
         self._model.guard.open()
@@ -89,6 +107,8 @@ class Archive:
                     target.copy_(tensor)
         for number, trained in enumerate(self._model.trained):
             self._restore_optimizer(trained, facts["optimizers"][number], saved.state, f"optimizer.{number}.")
+        kept = {n.removeprefix(_AGREED): t for n, t in saved.state.items() if n.startswith(_AGREED)}
+        self._agreed.load(*((kept, facts["agreed"]["values"]) if recipe == mine else ({}, None)))
         self._set_others(facts)
         self._group.exchange(b"")
         self._model.guard.accept()
@@ -104,6 +124,7 @@ class Archive:
                     target.copy_(tensor)
         for trained, kept in zip(self._model.trained, facts["optimizers"], strict=True):
             trained.take_over(kept["groups"], {int(i): numbers for i, numbers in kept["numbers"].items()})
+        self._agreed.take_over(facts["agreed"]["values"])
         self._set_others(facts)
         self._model.guard.accept()
 
@@ -116,6 +137,10 @@ class Archive:
         self._group.exchange(b"")
         self._model.guard.accept()
         self._model.integrity.watch()
+
+    def _states(self) -> _States:
+        """Return what workers must gather before the first writes. Collective."""
+        return [trained.update.full_state() for trained in self._model.trained], self._agreed.state()
 
     def _first(self, act: Callable[[], Any]) -> CheckpointError | None:
         """Let the first worker act; return on every worker the error that this ended with. Collective."""
@@ -132,11 +157,11 @@ class Archive:
             return None
         return StorageError(*told) if len(told) == 2 else CheckpointError(*told)
 
-    def _write(self, folder: str, step: int, facts: dict[str, Any], states: list) -> None:
+    def _write(self, folder: str, step: int, facts: dict[str, Any], states: _States) -> None:
         weights, state, model = self._contents(states)
         checkpoint.write(folder, step=step, weights=weights, state=state, facts={**facts, "model": model})
 
-    def _contents(self, states: list) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
+    def _contents(self, states: _States) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
         """Return the weights, the other tensors, and plain values of all that is registered."""
         weights, state = {}, {}
         extras: dict[str, dict[str, Any]] = {}
@@ -150,7 +175,7 @@ class Archive:
             if name not in weights:
                 state[name] = tensor
         optimizers = []
-        for number, (trained, full) in enumerate(zip(self._model.trained, states, strict=True)):
+        for number, (trained, full) in enumerate(zip(self._model.trained, states[0], strict=True)):
             numbers: dict[int, dict[str, Any]] = {}
             for index, values in full.items():
                 numbers[index] = {}
@@ -162,7 +187,15 @@ class Archive:
             groups = [{k: v for k, v in g.items() if k != "params"} for g in trained.optimizer.param_groups]
             optimizers.append({"numbers": numbers, "groups": groups, "name": type(trained.optimizer).__name__})
         others = [_portable(other.state_dict()) for other in self._model.others]
-        return weights, state, {"optimizers": optimizers, "others": others, "extras": extras}
+        kept, values = states[1]
+        state.update({_AGREED + name: tensor for name, tensor in kept.items()})
+        model = {
+            "optimizers": optimizers,
+            "others": others,
+            "extras": extras,
+            "agreed": {"recipe": repr(self._agreed.recipe), "values": values},
+        }
+        return weights, state, model
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         named = dict(self._model.named_tensors())
@@ -178,7 +211,7 @@ class Archive:
     def _check(self, saved: checkpoint.Checkpoint) -> None:
         """Compare names, shapes and dtypes, and the optimizers, with the model at hand."""
         here = self._tensors()
-        there = {n: t for n, t in {**saved.state, **saved.weights}.items() if not n.startswith("optimizer.")}
+        there = {n: t for n, t in {**saved.state, **saved.weights}.items() if not n.startswith(("optimizer.", _AGREED))}
         there |= {n: t for n, t in saved.state.items() if n in here}
         for name in [*here, *there]:
             mine, theirs = _shown(here.get(name)), _shown(there.get(name))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from samestep.agree.agreement import Live
 from samestep.core.arena import Arena
 from samestep.core.calls import Calls
 from samestep.core.group import Group, WorkerLost
@@ -22,6 +23,7 @@ class Crew:
     Attributes:
         group: how the workers reach each other.
         model: what is divided among them; None until there is one.
+        agreed: how replicas agree; None until there is a model.
         num_regroups: how often it was divided anew.
     """
 
@@ -29,6 +31,7 @@ class Crew:
         """Begin with the workers that `group` has; `snapshots` know how many calls were recorded."""
         self.group = group
         self.model: Model | None = None
+        self.agreed: Live | None = None
         self.num_regroups = 0
         self._calls = calls
         self._reporter = reporter
@@ -56,7 +59,7 @@ class Crew:
             offer: in such a worker: see `Arena.join`.
         """
         group, calls = self.group, self._calls
-        assert self.model is not None and isinstance(group, Arena)
+        assert self.model is not None and self.agreed is not None and isinstance(group, Arena)
         before, answered = set(group.members), group.deaths.answered
         was_first = offer is None and self.worker.is_first
         told = group.reform(calls.position(), joining) if offer is None else group.join(offer)
@@ -65,6 +68,7 @@ class Crew:
             try:
                 with group.mendable():
                     self.model.reseat()
+                    self.agreed.reseat()
                 break
             except WorkerLost:
                 told = group.reform(calls.position())

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from samestep.agree.agreement import Agreement
 from samestep.agree.allowance import Allowance, OnBadSample
 from samestep.agree.nonfinite import Nonfinite, Tolerance
 from samestep.agree.synchronous import Synchronous
@@ -66,7 +67,7 @@ class Run:
     def replicate(
         self,
         *things: Any,
-        agree: Synchronous | None = None,
+        agree: Agreement | None = None,
         buffers: Rule | Mapping[str, Rule] = "mean",
         arrivals: str = "auto",
         nonfinite: Nonfinite = "stop",
@@ -108,9 +109,11 @@ class Run:
         )
         session = self._session
         session.conditions.begin(session.calls)
-        session.model = session.crew.model = Model(things, session.group, options)
-        bound = agree if agree is not None else Synchronous()
-        session.agreed = bound.bind(session.model, session.group, session.calls, session.clock, tolerance, allowance)
+        recipe: Agreement = agree if agree is not None else Synchronous()
+        session.model = session.crew.model = Model(things, session.group, recipe.prepare(options))
+        session.crew.agreed = recipe.bind(
+            session.model, session.group, session.calls, session.clock, tolerance, allowance
+        )
         session.replay.begin()
         session.model.integrity.watch()
         if session.keeping.checkpoint is not None and session.replay.newcomer is None:
@@ -233,6 +236,7 @@ class Run:
             finally:
                 model.attach(write=False)
             return
+        session.agreed.settle()
         session.calls.meet("run.edit", line_of_user())
         model.integrity.verify(session.calls, "run.edit (verify)", f"at {line_of_user()}")
         model.guard.check()
@@ -251,6 +255,7 @@ class Run:
         session.calls.meet("run.edit (end)", "")
         if not session.group.shares_memory:
             model.share_weights()
+        session.agreed.spread()
         model.guard.accept()
         model.integrity.watch()
 
@@ -267,6 +272,8 @@ class Run:
     def load(self, path: str) -> None:
         """Load weights and all registered state from a checkpoint, without going back to its step.
 
+        It may have been made under another way to agree; what that one kept for itself is left out then.
+
         Raises:
             CheckpointError: there is no good one. MismatchError: it is of another model.
         """
@@ -278,7 +285,7 @@ class Run:
             saved, skipped = load_newest(path)
             for skipped_path, reason in skipped:
                 session.record.note(f"Checkpoint {skipped_path} was skipped: {reason}")
-            session.archive.restore(saved)
+            session.archive.restore(saved, any_agreement=True)
 
         session.recorded("load", restore)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from samestep.agree.agreement import Live
 from samestep.core.arena import Arena
 from samestep.core.calls import Calls, Halted, line_of_user
 from samestep.core.clock import Clock
@@ -47,7 +48,6 @@ class Session:
         num_replicas: number of replicas.
         clock, calls, ledger, record, conditions: see their classes.
         model: None until `run.replicate`.
-        agreed: the live form of how replicas agree; None until then.
         whereabouts: says in which shard the script left the loop over them; empty if in none.
         num_reseeds: calls so far after which generators were seeded anew.
         crew: the workers, as they die and join.
@@ -74,7 +74,6 @@ class Session:
         self.record = Record(group, supervision.reporter, self.clock)
         self.conditions = Conditions(recipe, keeping, group.worker.device, self.record.note)
         self.model: Model | None = None
-        self.agreed: Any = None
         self.whereabouts: Callable[[], str] = str
         self.num_reseeds = 0
         self.crew = Crew(group, self.calls, supervision.reporter, supervision.snapshots)
@@ -90,10 +89,16 @@ class Session:
         return self.group.worker
 
     @property
+    def agreed(self) -> Live:
+        """The live form of how replicas agree."""
+        assert self.crew.agreed is not None
+        return self.crew.agreed
+
+    @property
     def archive(self) -> Archive:
         """Saves and restores the model."""
         assert self.model is not None
-        return Archive(self.model, self.group)
+        return Archive(self.model, self.group, self.agreed)
 
     @property
     def integrity(self) -> Integrity:
@@ -258,6 +263,7 @@ class Session:
             "logged": self.record.logged,
             "notes": self.record.notes,
             **self.integrity.facts(),
+            **self.agreed.facts(),
             **combined(parts),
         }
 

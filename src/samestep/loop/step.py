@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from samestep.agree.synchronous import Outcome, Part, Request, unit_of
+from samestep.agree.meeting import Outcome, Part, Request
 from samestep.core.calls import line_of_user
 from samestep.core.group import WorkerLost
 from samestep.core.randomness import seed_shard, seed_step
@@ -143,18 +143,16 @@ class Step:
         assert model is not None and self._shards is not None
         self._part = Part()
         self._broken = None
-        for trained in model.trained:
-            trained.gradients.begin_pass()
-        model.buffers.begin_pass()
+        agreed = session.agreed
+        agreed.begin_pass()
         for index, (replica, shard) in enumerate(
             zip(session.worker.replicas(self._num_replicas), self._shards, strict=True)
         ):
-            for trained in model.trained:
-                trained.gradients.begin_shard(index)
+            agreed.begin_shard(index, replica)
             if shard is not None:
                 self._part.bad = [*self._part.bad, *shard.bad]
             if shard is not None and shard.size:
-                model.buffers.begin_shard()
+                model.buffers.begin_shard(replica)
                 seed_shard(self._seed, self.number, self.pass_, replica)
                 self._replica, self._count = replica, len(shard.ids)
                 self._part.samples[replica] = self._count
@@ -167,13 +165,13 @@ class Step:
                     self.left_in = replica
                     raise
                 finally:
+                    agreed.leave_shard()
                     self._replica = None
                     clock.to(before)
                     clock.begin_shard(self.number, -1)
                 if model.buffers.end_shard(replica):
                     self._part.changed.append(replica)
-            for trained in model.trained:
-                trained.gradients.end_shard()
+            agreed.end_shard(replica)
         seed_step(self._seed, self.number)
 
     def backward(self, loss: torch.Tensor, count: float | None = None, retain_graph: bool = False) -> None:
@@ -203,7 +201,7 @@ class Step:
             self._part.losses.append((self._replica, 0.0, 0.0))
             return
         self._part.losses.append((self._replica, float(loss.detach()), weight))
-        share = weight / (unit_of(self.size) if counted else self.size)
+        share = self._driver.session.agreed.share(weight, self.size, counted)
         try:
             loss.backward(None if share == 1.0 else torch.full_like(loss, share), retain_graph=retain_graph)
         except BaseException:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from samestep.agree.synchronous import Outcome, Part
+from samestep.agree.meeting import Outcome, Part
 from samestep.core.randomness import seed_step
 from samestep.core.whole_update import WholeUpdate
 from samestep.core.worker import Worker
@@ -192,6 +192,8 @@ class Stepping:
         if self.session.replaying:
             self.session.replay.reach("after_step")
         else:
+            if last:
+                self.session.agreed.settle()
             self.session.keeper.after_step(last)
 
     def _on_device(self, shards: Sequence[Shard | None]) -> Sequence[Shard | None]:

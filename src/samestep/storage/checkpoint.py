@@ -53,7 +53,7 @@ MANIFEST = "manifest.json"
 _FILES = (WEIGHTS, STATE, FACTS)
 
 _FORMAT = "samestep checkpoint"
-_VERSION = 1
+_VERSION = 2
 _LOCK = ".lock"
 _STEP_NAME = re.compile(r"step-(\d{8,18})")
 _TEMPORARY_NAME = re.compile(r"\.step-\d{8,18}\.\d+-[0-9a-f]{16}\.tmp")

@@ -1,0 +1,247 @@
+"""Local steps: every replica trains by itself for some steps, then all agree on new weights to go on from.
+
+    step     each replica's gradient goes to its own optimizer, which updates its own weights
+    round    weights that all started from - own weights = what the replica did; encoded, decoded, and added along the
+             tree with the weight of its samples; an outer optimizer makes new weights of it; all go on from these
+
+Local SGD and federated averaging (average), post-local SGD (`warm_up`), SlowMo and DiLoCo (momentum) are one recipe
+with different outer optimizers; fragments that meet at different steps are those of Streaming DiLoCo (Douillard et al.
+2025). The weights that the script sees outside of shards, evaluates and saves are those that all start from. The last
+round of a `run.steps` comes at its end, however many steps it is after the one before.
+
+What every step still tells all workers (losses, counts, whether something is not finite) is some hundred bytes, so that
+step.loss and the ledger are what they are elsewhere, and a script decides alike on every worker.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from samestep.agree.agreement import Agreement, Live
+from samestep.agree.apart import Apart
+from samestep.agree.meeting import Meeting, Outcome, Part, Request, problem_of, terms_of
+from samestep.agree.outer import Average, Outer
+from samestep.agree.round import check_apart, mean_norm, reach
+from samestep.core.calls import line_of_user
+from samestep.core.model import Options
+from samestep.core.worker import Wish
+from samestep.errors import SettingsError
+
+Items = dict[int, float]
+"""Samples, or what else the user counts, of each replica."""
+
+
+@dataclass(frozen=True)
+class Local(Agreement):
+    """Replicas agree every so many steps.
+
+    Args:
+        every: steps from one round to the next.
+        outer: what becomes of the mean of what replicas did.
+        warm_up: so many first steps each end with a round (post-local SGD: Lin et al. 2020).
+        fragments: parts of the model, about equally large, that meet at different steps, each `every` steps.
+    """
+
+    every: int = 64
+    outer: Outer = field(default_factory=Average)
+    warm_up: int = 0
+    fragments: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least in (("every", 1), ("warm_up", 0), ("fragments", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise SettingsError(f"You set Local({name}={value!r}); it must be a whole number, {least} or more.")
+        if self.fragments > self.every:
+            raise SettingsError(
+                f"You set Local(fragments={self.fragments}, every={self.every}): there must not be more fragments than "
+                f"steps between two rounds."
+            )
+        if not isinstance(self.outer, Outer):
+            raise SettingsError(f"You set Local(outer={self.outer!r}); use Average(), Nesterov(lr=0.7), or alike.")
+
+    def prepare(self, options: Options) -> Options:
+        return replace(options, outer=self.outer.make, many_arrivals=True)
+
+    def bind(self, model, group, calls, clock, tolerance=None, allowance=None) -> LiveLocal:
+        return LiveLocal(self, model, group, calls, clock, tolerance, allowance)
+
+    def due(self, update: int) -> list[int]:
+        """Return the fragments that meet after update number `update` (from 0)."""
+        if update < self.warm_up:
+            return list(range(self.fragments))
+        now = (update - self.warm_up + 1) % self.every
+        return [f for f in range(self.fragments) if f * self.every // self.fragments == now]
+
+
+class LiveLocal(Live):
+    """One worker's side of local steps."""
+
+    recipe: Local
+
+    def __init__(self, *bound: Any):
+        super().__init__(*bound)
+        trained, num_replicas = self.model.trained, self.model.num_replicas
+        self._apart = [Apart(t, number, num_replicas, self.group) for number, t in enumerate(trained)]
+        self.model.buffers.spread(range(num_replicas))
+        self.group.exchange(b"")
+        self._fragments = [_cut([v.numel() for v in t.weights.views], self.recipe.fragments) for t in trained]
+        self._updates = [0] * len(trained)
+        # For each optimizer and fragment: items of each replica since its last round.
+        self._since: list[list[Items]] = [[{} for _ in range(self.recipe.fragments)] for _ in trained]
+        self._num_rounds = 0
+
+    def begin_pass(self) -> None:
+        for apart in self._apart:
+            apart.begin_pass()
+        self.model.buffers.begin_pass()
+
+    def begin_shard(self, index: int, replica: int) -> None:
+        for apart in self._apart:
+            apart.enter(replica)
+
+    def leave_shard(self) -> None:
+        for apart in self._apart:
+            apart.leave()
+
+    def end_shard(self, replica: int) -> None:
+        for apart in self._apart:
+            apart.leave()
+            apart.hold(replica)
+
+    def update(self, request: Request, part: Part) -> Outcome:
+        index = request.optimizer
+        trained, apart, integrity = self.model.trained[index], self._apart[index], self.model.integrity
+        check_apart(self.recipe, request, trained)
+        if self.group.worker.is_first and integrity.is_due:
+            self.calls.ask(Wish.VERIFY)
+        norms = {replica: apart.norm(replica) for replica in part.samples}
+        terms = terms_of(request, trained.optimizer, self.tolerance, self.allowance, self.group.worker.size == 1)
+        own = [apart.not_finite(norms), list(norms.items())]
+        met = Meeting.hold(self.calls, request, part, terms, own)
+        self.clock.to("update")
+        when = f"before the update of step {request.seeds[1]}"
+        if not integrity.verify(self.calls, "step.update (verify)", when, index):
+            self.model.guard.check()
+        met.check(trained.optimizer, self.tolerance, self.allowance)
+        if met.is_empty:
+            self.model.buffers.restore()
+            return met.outcome(None if request.clip_norm is None else math.nan, skipped=True)
+        problem = problem_of(request, trained, met.losses, [one for found, _ in met.own for one in found])
+        if problem is not None:
+            self.tolerance.check(index, problem.words, problem.advice)
+            self.model.buffers.restore()
+        else:
+            self._step(apart, request, met, norms)
+        due = self.recipe.due(self._updates[index])
+        self._updates[index] += 1
+        self._round(index, due, request.where)
+        integrity.updated(self.calls.heard(Wish.VERIFY) or self.calls.stands(Wish.SNAPSHOT))
+        norm = None if request.clip_norm is None else mean_norm([told for _, told in met.own], met.weights)
+        return met.outcome(norm, problem is not None, problem.words if problem is not None else "")
+
+    def settle(self) -> None:
+        for index, since in enumerate(self._since):
+            due = [fragment for fragment, items in enumerate(since) if items]
+            if due:
+                is_watching = self.model.integrity.is_watching
+                self.model.integrity.verify(self.calls, "the last round (verify)", "at the end of the steps")
+                self._round(index, due, line_of_user())
+                self.model.integrity.watch(is_watching)
+
+    def spread(self) -> None:
+        for apart in self._apart:
+            apart.begin(apart.mine)
+        self.model.buffers.spread(self._apart[0].mine)
+
+    def reseat(self) -> None:
+        for apart in self._apart:
+            apart.reseat()
+
+    def state(self) -> tuple[dict[str, torch.Tensor], Any]:
+        tensors: dict[str, torch.Tensor] = {}
+        numbers = []
+        for index, apart in enumerate(self._apart):
+            own, of_own = apart.state()
+            tensors |= {f"{index}.{name}": tensor for name, tensor in own.items()}
+            numbers.append(of_own)
+        self.model.buffers.gather_own()
+        if self.model.buffers.own is not None:
+            tensors["buffers"] = self.model.buffers.own
+        since = [[list(map(list, items.items())) for items in ones] for ones in self._since]
+        return tensors, {"updates": self._updates, "rounds": self._num_rounds, "since": since, "numbers": numbers}
+
+    def load(self, tensors: Mapping[str, torch.Tensor], values: Any) -> None:
+        for index, apart in enumerate(self._apart):
+            prefix = f"{index}."
+            own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            apart.load(own, values["numbers"][index] if values is not None else ())
+        self.group.exchange(b"")
+        if values is None:
+            self.spread()
+        else:
+            buffers = self.model.buffers.own
+            if buffers is not None and (self.group.worker.is_first or not self.group.shares_memory):
+                buffers.copy_(tensors["buffers"])
+            self._count(values)
+        self.group.exchange(b"")
+
+    def take_over(self, values: Any) -> None:
+        self._count(values)
+        for apart, numbers in zip(self._apart, values["numbers"], strict=True):
+            apart.take_over(numbers)
+
+    def facts(self) -> dict[str, Any]:
+        return {"agreement": repr(self.recipe), "rounds": self._num_rounds}
+
+    def _count(self, values: Any) -> None:
+        self._updates, self._num_rounds = list(values["updates"]), values["rounds"]
+        self._since = [[dict(items) for items in ones] for ones in values["since"]]
+
+    def _step(self, apart: Apart, request: Request, met: Meeting, norms: Mapping[int, float]) -> None:
+        """Let the replicas played here step by themselves. Collective."""
+        frame = apart.step(request, norms)
+        self.model.buffers.keep(r for r in apart.mine if r in met.changed)
+        frames = [theirs for _, theirs in self.calls.meet("step.update (commit)", request.where, None, frame)]
+        self.clock.to("update")
+        apart.settle(frames)
+        for items in self._since[request.optimizer]:
+            for replica, count in met.weights.items():
+                items[replica] = items.get(replica, 0.0) + count
+
+    def _round(self, index: int, fragments: Sequence[int], where: str) -> None:
+        """Let replicas agree on some fragments of the weights of one optimizer. Collective."""
+        since = {f: self._since[index][f] for f in fragments if math.fsum(self._since[index][f].values())}
+        if not since:
+            return
+        apart, buffers = self._apart[index], self.model.buffers
+        if buffers.own is not None:
+            buffers.publish(apart.mine)
+            self.calls.meet("the round (buffers)", where)
+            items = next(iter(since.values()))
+            buffers.merge(items, set(items))
+            buffers.spread(apart.mine)
+        for fragment, items in since.items():
+            total = math.fsum(items.values())
+            shares = {replica: count / total for replica, count in sorted(items.items()) if count}
+            chosen = self._fragments[index][fragment]
+            reach(self, apart, chosen, shares, where)
+            apart.begin(apart.mine, chosen)
+            self._since[index][fragment] = {}
+        self._num_rounds += 1
+
+
+def _cut(sizes: Sequence[int], num_fragments: int) -> list[list[int]]:
+    """Divide parameters into runs of about the same number of elements."""
+    total, before = sum(sizes), 0
+    fragments: list[list[int]] = [[] for _ in range(num_fragments)]
+    for index, size in enumerate(sizes):
+        middle = before + size / 2
+        fragments[min(num_fragments - 1, int(middle * num_fragments / total)) if total else 0].append(index)
+        before += size
+    return fragments

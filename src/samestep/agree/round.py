@@ -1,0 +1,85 @@
+"""A round: replicas that trained apart agree on new weights to go on from.
+
+    [1] encode    each replica: weights that all started from - its own weights, compressed
+    [2] send      where memory is not shared: what was encoded goes to every worker
+    [3] decode    and add along the tree, each replica with its weight
+    [4] apply     an outer optimizer takes the sum as a gradient
+
+Where memory is shared, owners update their parts. Elsewhere every worker makes the same update of everything: what goes
+over the wire is then only what was encoded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from samestep.agree.agreement import Agreement, Live
+from samestep.agree.apart import Apart
+from samestep.agree.meeting import Request, absent_of
+from samestep.core.model import Trained
+from samestep.errors import UsageError
+from samestep.storage import wire
+
+
+def reach(live: Live, apart: Apart, parameters: Sequence[int], shares: Mapping[int, float], where: str) -> None:
+    """Let replicas agree on some parameters. Collective.
+
+    Args:
+        live: where the workers meet.
+        apart: the replicas.
+        parameters: numbers of the parameters.
+        shares: what each replica that takes part weighs; adds up to 1.
+        where: line of the script.
+    """
+    trained, group = apart.trained, live.group
+    payloads = {r: [apart.owns[r].difference(i) for i in parameters] for r in apart.mine if r in shares}
+    if not group.shares_memory:
+        for _, frame in live.calls.meet("the round (send)", where, None, wire.pack(payloads)):
+            payloads.update(wire.unpack(frame))
+    trained.gradients.begin_pass()
+    leaves = apart.mine if group.shares_memory else range(live.model.num_replicas)
+    for number, replica in enumerate(leaves):
+        trained.gradients.begin_shard(number)
+        for index, difference in zip(parameters, payloads.get(replica, ()), strict=False):
+            trained.gradients.give(index, difference.mul_(shares[replica]))
+        trained.gradients.end_shard()
+    met = live.calls.meet("the round (reduce)", where, None, trained.gradients.presence() or b"")
+    live.clock.to("update")
+    if trained.area is not None:
+        trained.area.collect()
+    live.model.guard.open()
+    # A lone updater finds by itself what is missing.
+    frames = [frame for _, frame in met] if group.shares_memory else [b""]
+    trained.update.apply(trained.sums, absent_of(frames, trained), 1.0)
+    notice = trained.update.notice()
+    met = live.calls.meet("the round (commit)", where, None, b"" if notice is None else wire.pack(notice))
+    live.clock.to("update")
+    frames = [frame for _, frame in met] if group.shares_memory else [b""]
+    trained.update.settle([wire.unpack(frame) if frame else None for frame in frames])
+    live.model.guard.accept_update()
+
+
+def check_apart(recipe: Agreement, request: Request, trained: Trained) -> None:
+    """Refuse what replicas that step by themselves cannot do.
+
+    Raises:
+        UsageError: a GradScaler is in use, or a state was loaded into the user's optimizer.
+    """
+    if request.scaled:
+        raise UsageError(
+            f"You gave step.update a GradScaler at {request.where} under agree={recipe!r}: replicas step by "
+            f"themselves, and would each need a scale of their own. Use bfloat16 without a scaler, or Synchronous()."
+        )
+    if trained.stale:
+        raise UsageError(
+            f"A state was loaded into {type(trained.optimizer).__name__} after run.replicate, under agree={recipe!r}, "
+            f"where each replica has an optimizer of its own. Load it before run.replicate."
+        )
+
+
+def mean_norm(told: Iterable[Sequence[Sequence[float]]], weights: Mapping[int, float]) -> float:
+    """Return the mean of the norms that workers told, as (replica, norm), weighted as the losses are."""
+    norms = {int(replica): norm for of_worker in told for replica, norm in of_worker}
+    total = math.fsum(weights[replica] for replica in norms)
+    return math.fsum(norms[r] * weights[r] for r in sorted(norms)) / total if total else math.nan
