@@ -97,8 +97,8 @@ class Codec(ABC):
         if payload.dtype != torch.uint8 or payload.shape != (stated,):
             raise MismatchError(
                 f"{self!r} writes a {dtype} tensor of shape {tuple(shape)} as {stated} bytes, but got "
-                f"{tuple(payload.shape)} elements of {payload.dtype} to decode. Give all workers the same codec, and the "
-                f"tensor's own shape."
+                f"{tuple(payload.shape)} elements of {payload.dtype} to decode. Give all workers the same codec, and "
+                f"the tensor's own shape."
             )
         return self._unpack(payload.contiguous(), torch.Size(shape), sum_dtype(dtype)).reshape(shape)
 

@@ -44,8 +44,8 @@ class _Blocks(Codec):
         """
         if not isinstance(self.block, int) or self.block < 2 or self.block % 2:
             raise SettingsError(
-                f"You set {type(self).__name__}(block={self.block!r}), but a block is an even number of elements from 2 "
-                f"up. Use block=256, or leave it out."
+                f"You set {type(self).__name__}(block={self.block!r}), but a block is an even number of elements from "
+                f"2 up. Use block=256, or leave it out."
             )
 
     @property
@@ -79,7 +79,7 @@ class _Blocks(Codec):
         scales, packed = self._parts(payload, len(flat), flat.dtype)
         noise = Noise(seed_of(key)) if self.stochastic else None
         num_whole = len(flat) // self.block
-        step = max(1, CHUNK // self.block)
+        step = _num_rows(self.block)
         for first in range(0, num_whole, step):
             last = min(first + step, num_whole)
             begin, end = first * self.block, last * self.block
@@ -100,7 +100,7 @@ class _Blocks(Codec):
         flat = out.numpy()
         scales, packed = self._parts(payload, len(flat), flat.dtype)
         num_whole = len(flat) // self.block
-        step = max(1, CHUNK // self.block)
+        step = _num_rows(self.block)
         with np.errstate(all="ignore"):
             for first in range(0, num_whole, step):
                 last = min(first + step, num_whole)
@@ -154,6 +154,11 @@ class _Blocks(Codec):
             short = small & (scales * dtype(self._largest) < most)
             scales[short] = np.nextafter(scales[short], dtype(math.inf))
         return np.minimum(scales, np.nextafter(np.finfo(dtype).max / dtype(self._largest), dtype(0)))
+
+
+def _num_rows(block: int) -> int:
+    """Return how many blocks are encoded at once: an even number, so that no random word is drawn for two chunks."""
+    return max(2, CHUNK // block // 2 * 2)
 
 
 @dataclass(frozen=True)

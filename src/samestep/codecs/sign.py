@@ -27,9 +27,8 @@ class Sign(Codec):
 
         payload   | scale of each block (sum dtype) | a bit per element, set if it is below zero |
 
-    Error: |error| <= the larger of |x| and the scale, the block's mean magnitude; the squared error of a block is the sum
-    of its squares less its elements * scale**2. A block that holds a NaN decodes to NaN, one with an infinity to
-    infinities.
+    Error: |error| <= the larger of |x| and the scale, the block's mean magnitude; the squared error of a block is the
+    sum of its squares less its elements * scale**2. A block that holds a NaN or an infinity decodes to NaN.
 
     Attributes:
         block: elements that share a scale, a multiple of 8; None for one scale per tensor.
@@ -45,8 +44,8 @@ class Sign(Codec):
         """
         if self.block is not None and (not isinstance(self.block, int) or self.block < 8 or self.block % 8):
             raise SettingsError(
-                f"You set Sign(block={self.block!r}), but a block is a multiple of 8 elements, from 8 up. Use block=1024, "
-                f"or leave it out: then the tensor is one block."
+                f"You set Sign(block={self.block!r}), but a block is a multiple of 8 elements, from 8 up. Use "
+                f"block=1024, or leave it out: then the tensor is one block."
             )
 
     def num_bytes(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
@@ -93,11 +92,15 @@ class Sign(Codec):
 
 
 def _means(rows: np.ndarray) -> np.ndarray:
-    """Return the mean magnitude of each row; where the sum overflows, of magnitudes that are divided first."""
+    """Return the mean magnitude of each row; NaN where one is not finite."""
+    num_columns = rows.dtype.type(rows.shape[1])
     with np.errstate(all="ignore"):
         magnitudes = np.abs(rows)
-        means = magnitudes.sum(axis=1) / rows.dtype.type(rows.shape[1])
+        means = magnitudes.sum(axis=1) / num_columns
         over = np.isinf(means)
         if over.any():
-            means[over] = (magnitudes[over] / rows.dtype.type(rows.shape[1])).sum(axis=1)
+            # The sum overflows: that of what the largest is multiplied by does not. Infinity divided by itself is NaN.
+            most = magnitudes[over].max(axis=1)
+            shares = (magnitudes[over] / most[:, None]).sum(axis=1) / num_columns
+            means[over] = np.minimum(shares, 1) * most
         return means

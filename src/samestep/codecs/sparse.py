@@ -178,7 +178,7 @@ def _put(flat: np.ndarray, places: np.ndarray, values: np.ndarray) -> None:
     """Write values at positions that came in a message."""
     if len(places) != len(values) or (len(places) and int(places.max()) >= len(flat)):
         raise MismatchError(
-            f"A message of TopK names {len(places)} positions for {len(values)} of {len(flat)} elements: it is damaged, "
-            f"or of another codec or tensor. Give all workers the same codec."
+            f"A message of TopK names {len(places)} positions for {len(values)} of {len(flat)} elements: it is "
+            f"damaged, or of another codec or tensor. Give all workers the same codec."
         )
     flat[places] = values
