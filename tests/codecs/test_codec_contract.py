@@ -42,7 +42,7 @@ PINNED = {
     "TopK(share=0.1)": "f8f0c1caa030b688",
     "RandomK(share=0.1)": "afcc052c1e04721c",
     "Sign(block=64)": "70ddb7b482334300",
-,}
+}
 
 
 @pytest.mark.parametrize("codec", ALL, ids=repr)
