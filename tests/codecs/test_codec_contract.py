@@ -10,8 +10,10 @@ import codec_laws
 import pytest
 import torch
 from codec_laws import ALL, CODECS, KEY, LAWS, round_trip, values
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from samestep.codecs import Codec, Exact, Feedback, Float16, Int4, Int8, PowerSGD, RandomK, Sign, TopK
+from samestep.codecs import BFloat16, Codec, Exact, Feedback, Float16, Int4, Int8, PowerSGD, RandomK, Sign, TopK
 from samestep.codecs.noise import Noise, seed_of
 from samestep.errors import MismatchError, SettingsError
 
@@ -86,6 +88,24 @@ def test_bytes_of_another_tensor(codec: Codec):
     for wrong, shape in [(payload[:-1], (40, 30)), (payload, (41, 31)), (payload.view(torch.int8), (40, 30))]:
         with pytest.raises(MismatchError, match=r"bytes, but got"):
             codec.decode(wrong, shape)
+
+
+FLOATS = st.one_of(st.floats(width=32), st.floats(-10, 10, width=32), st.sampled_from([0.0, -0.0, 1e-45, 3.4e38]))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.sampled_from(ALL), st.lists(FLOATS, max_size=40), st.integers(0, 2**64))
+def test_any_elements(codec: Codec, elements: list[float], key: int):
+    """The bound holds, or what is decoded is not finite; never one for a tensor that is not."""
+    tensor = torch.tensor(elements)
+    decoded = round_trip(codec, tensor, (key,))
+    inner = codec.codec if isinstance(codec, Feedback) else codec
+    if not torch.isfinite(tensor).all():
+        assert not torch.isfinite(decoded).all()
+    elif torch.isfinite(decoded).all():
+        codec_laws.BOUNDS[type(inner)](inner, tensor.double(), decoded.double())
+    else:
+        assert isinstance(inner, BFloat16 | Float16)
 
 
 # ----------------------------------------------------------------------------------------------------------- integers

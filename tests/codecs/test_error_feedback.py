@@ -8,7 +8,7 @@ import torch
 from codec_laws import ALL, KEY, values
 
 from samestep.codecs import Codec, Exact, Feedback, Float16, Int4, Int8, PowerSGD, RandomK, Sign, TopK
-from samestep.errors import NonFiniteError
+from samestep.errors import MismatchError, NonFiniteError
 
 BIASED = [codec for codec in ALL if not codec.unbiased and not isinstance(codec, Feedback)]
 
@@ -111,6 +111,21 @@ def test_a_round_that_is_taken_back():
     again = feedback.encode(values((40, 30), seed=2), KEY, kept)
     assert torch.equal(first, again)
     assert torch.equal(state["residual"], kept["residual"]) and torch.equal(state["q"], kept["q"])
+
+
+@pytest.mark.parametrize("codec", [Feedback(Int8()), Feedback(PowerSGD(2), warm_up=1)], ids=repr)
+def test_a_state_that_is_missing_begins_anew(codec: Codec):
+    states = [{}, codec.fresh((40, 30))]
+    for step in range(3):
+        first, second = (codec.at(step).encode(values((40, 30), seed=step), (step,), state) for state in states)
+        assert torch.equal(first, second)
+    assert states[0].keys() == states[1].keys()
+
+
+def test_a_state_of_another_tensor():
+    for codec, name in [(Feedback(Int8()), "residual"), (PowerSGD(2), "q")]:
+        with pytest.raises(MismatchError, match=f"{name!r} of shape"):
+            codec.encode(values((40, 30)), KEY, codec.fresh((1, 30) if name == "residual" else (30, 40)))
 
 
 def test_the_residual_has_the_sum_dtype():

@@ -63,13 +63,15 @@ class Codec(ABC):
             tensor: any shape, strides and floating dtype; it stays as it is.
             key: what random numbers are drawn from. Give each tensor of each step and replica its own.
             state: from `fresh`, or from the round before. Entries are replaced by new tensors, and the tensors in it
-                are never written to: whoever keeps `dict(state)` can take the round back. None begins anew.
+                are never written to: whoever keeps `dict(state)` can take the round back. What is missing begins anew;
+                None is an empty one.
 
         Returns:
             uint8, one dimension, `num_bytes(tensor.shape, tensor.dtype)` elements, in memory of its own.
 
         Raises:
             SettingsError: the tensor is sparse, or not of a floating dtype.
+            MismatchError: the state is that of another tensor.
         """
         if tensor.layout is not torch.strided or not tensor.is_floating_point():
             raise SettingsError(
@@ -77,7 +79,7 @@ class Codec(ABC):
                 f"dense tensors of a floating dtype; leave such a parameter to a recipe without a codec."
             )
         values = tensor.detach().to("cpu", sum_dtype(tensor.dtype)).contiguous()
-        return self._pack(values, key, self.fresh(tensor.shape, tensor.dtype) if state is None else state)
+        return self._pack(values, key, {} if state is None else state)
 
     def decode(self, payload: torch.Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Return the tensor that bytes stand for.
@@ -119,6 +121,21 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 def num_elements(shape: Sequence[int]) -> int:
     """Return the number of elements of a shape; 1 for that of a number."""
     return torch.Size(shape).numel()
+
+
+def kept(state: State, name: str, shape: Sequence[int]) -> torch.Tensor | None:
+    """Return an entry of a state, which must have this shape, or None if it is missing.
+
+    Raises:
+        MismatchError: it has another shape.
+    """
+    entry = state.get(name)
+    if entry is not None and entry.shape != torch.Size(shape):
+        raise MismatchError(
+            f"The state of a codec holds {name!r} of shape {tuple(entry.shape)}, but the tensor to encode needs "
+            f"{tuple(shape)}: it is another tensor's, or another recipe's. Keep one state per replica and parameter."
+        )
+    return entry
 
 
 def typed(payload: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from samestep.codecs.codec import Codec, Key, State, sum_dtype
+from samestep.codecs.codec import Codec, Key, State, kept, sum_dtype
 from samestep.codecs.exact import Exact
 from samestep.errors import NonFiniteError, SettingsError
 
@@ -73,13 +73,13 @@ class Feedback(Codec):
         return self.codec.num_bytes(shape, dtype)
 
     def _pack(self, values: torch.Tensor, key: Key, state: State) -> torch.Tensor:
-        residual = state[_RESIDUAL]
-        if not _is_finite(residual):
+        residual = kept(state, _RESIDUAL, values.shape)
+        if residual is not None and not _is_finite(residual):
             raise NonFiniteError(
                 f"The residual of a tensor of shape {tuple(values.shape)} under {self!r} is not finite, so no later "
                 f"round would be. Load a checkpoint from before, or begin with `fresh` ones."
             )
-        compensated = values + residual
+        compensated = values.clone() if residual is None else values + residual
         trial = dict(state)
         payload = self.codec.encode(compensated, key, trial)
         compensated -= self.codec.decode(payload, compensated.shape, compensated.dtype)

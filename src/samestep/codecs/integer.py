@@ -23,8 +23,8 @@ from samestep.codecs.codec import Codec, Key, State, num_elements, sum_dtype
 from samestep.codecs.noise import Noise, seed_of
 from samestep.errors import SettingsError
 
-CHUNK = 65_536
-"""Elements that are encoded at once: as much as stays in a core's cache from one pass to the next."""
+CHUNK = 131_072
+"""Elements that are encoded at once. With fewer, calls cost more than work; many more do not fit into the cache."""
 
 _NOISE = 65_536
 """A random number decides between this many chances to round up."""

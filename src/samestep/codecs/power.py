@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from samestep.codecs.codec import Codec, Key, State, aligned, num_elements, sum_dtype, typed
+from samestep.codecs.codec import Codec, Key, State, aligned, kept, num_elements, sum_dtype, typed
 from samestep.codecs.exact import Exact
 from samestep.codecs.noise import Noise, seed_of
 from samestep.errors import SettingsError
@@ -93,7 +93,10 @@ class PowerSGD(Codec):
         if most and not 1 / _LARGE < most < _LARGE:
             exponent = math.frexp(most)[1]
             matrix = torch.ldexp(matrix, torch.tensor(-exponent))
-        left, _ = torch.linalg.qr(matrix @ state["q"])
+        start = kept(state, "q", (columns, rank))
+        if start is None:
+            start = self.fresh(values.shape, values.dtype)["q"]
+        left, _ = torch.linalg.qr(matrix @ start)
         right = matrix.T @ left
         # The next P is made orthonormal, so only the directions of Q count; its size must not grow from round to round.
         size = right.abs().max()
