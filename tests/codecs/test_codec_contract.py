@@ -170,6 +170,7 @@ def test_a_damaged_list_of_positions():
 def test_positions_take_the_shorter_form():
     assert TopK(0.01).num_bytes((1000,)) == 10 * (4 + 4)
     assert TopK(0.5).num_bytes((1000,)) == 500 * 4 + 125
+    assert TopK(1e-9).num_bytes((1 << 33,)) == 9 * 4 + (1 << 30), "positions do not fit into 4 bytes"
 
 
 # --------------------------------------------------------------------------------------------------------------- rank

@@ -64,7 +64,7 @@ class TopK(_Share):
     def num_bytes(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
         count = num_elements(shape)
         sent = self.num_sent(count)
-        return sent * sum_dtype(dtype).itemsize + min(_INDEX_BYTES * sent, -(-count // 8))
+        return sent * sum_dtype(dtype).itemsize + (_INDEX_BYTES * sent if _has_list(sent, count) else -(-count // 8))
 
     def _pack(self, values: torch.Tensor, key: Key, state: State) -> torch.Tensor:
         flat = values.reshape(-1).numpy()
@@ -171,7 +171,8 @@ def _is_finite(flat: np.ndarray) -> bool:
 
 
 def _has_list(sent: int, count: int) -> bool:
-    return _INDEX_BYTES * sent <= -(-count // 8)
+    """Say whether positions go as a list: it is no longer than one bit per element, and all positions fit into it."""
+    return _INDEX_BYTES * sent <= -(-count // 8) and count <= 1 << 8 * _INDEX_BYTES
 
 
 def _put(flat: np.ndarray, places: np.ndarray, values: np.ndarray) -> None:
