@@ -24,11 +24,16 @@ ALLOWED: dict[tuple[str, str], int] = {}
 fails."""
 
 PUBLIC = [
+    "Adaptive",
+    "Average",
     "CheckpointError",
     "DataError",
     "EditedWeightsError",
     "IntegrityError",
+    "Local",
     "MismatchError",
+    "Momentum",
+    "Nesterov",
     "NonFiniteError",
     "PeerError",
     "Run",

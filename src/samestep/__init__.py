@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from samestep.agree.local import Local
+    from samestep.agree.outer import Adaptive, Average, Momentum, Nesterov
     from samestep.agree.synchronous import Synchronous
     from samestep.errors import (
         CheckpointError,
@@ -28,6 +30,11 @@ if TYPE_CHECKING:
     from samestep.settings import launch
 
 _HOMES = {
+    "Adaptive": "samestep.agree.outer",
+    "Average": "samestep.agree.outer",
+    "Local": "samestep.agree.local",
+    "Momentum": "samestep.agree.outer",
+    "Nesterov": "samestep.agree.outer",
     "launch": "samestep.settings",
     "Run": "samestep.loop.run",
     "Step": "samestep.loop.step",
@@ -36,11 +43,16 @@ _HOMES = {
 """Where a name lives, if not among the errors."""
 
 __all__ = [
+    "Adaptive",
+    "Average",
     "CheckpointError",
     "DataError",
     "EditedWeightsError",
     "IntegrityError",
+    "Local",
     "MismatchError",
+    "Momentum",
+    "Nesterov",
     "NonFiniteError",
     "PeerError",
     "Run",

@@ -106,6 +106,7 @@ class Run:
             many_arrivals=arrivals == "many",
             read_only=self._session.keeping.trace is not None,
             verifies=self._session.verifies,
+            seed=self.recipe.seed,
         )
         session = self._session
         session.conditions.begin(session.calls)
