@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 from samestep.data.source import as_source
 from samestep.errors import SettingsError
 from samestep.federated.clients import Clients
-from samestep.federated.skew import _exp, _log, dirichlet, label_skew
+from samestep.federated.skew import _exp, _log, _log_gammas, dirichlet, label_skew
 
 X, Y = torch.arange(20.0).reshape(10, 2), torch.arange(10)
 
@@ -137,6 +137,14 @@ def test_dirichlet_draws_have_the_right_moments(alphas):
     mean, variance = alphas / total, alphas * (total - alphas) / (total * total * (total + 1))
     assert np.all(np.abs(rows.mean(0) - mean) < 5 * np.sqrt(variance / 20_000))
     np.testing.assert_allclose(rows.var(0), variance, rtol=0.06)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 7.0])
+def test_gamma_draws_have_the_right_moments(alpha):
+    draws = np.exp(_log_gammas(np.full(200_000, alpha), 5))
+    fourth = 3 * alpha * (alpha + 2)
+    assert abs(draws.mean() - alpha) < 5 * np.sqrt(alpha / 200_000)
+    assert abs(((draws - alpha) ** 2).mean() - alpha) < 5 * np.sqrt((fourth - alpha**2) / 200_000)
 
 
 def test_own_logarithms_and_exponentials_are_right():

@@ -84,6 +84,21 @@ def test_a_neighbourhood_survives_the_loss_of_every_tenth():
     check_sum(masking, clients, [client for client in clients if client % 10])
 
 
+def test_workers_who_play_some_clients_each_agree():
+    masking, clients, survivors = Masking(numbers=NUMBERS[64], neighbours=4), range(12), [0, 1, 3, 4, 5, 7, 8, 9, 11]
+    plain, total = torch.zeros(LENGTH, dtype=torch.int64), torch.zeros(LENGTH, dtype=torch.int64)
+    for worker in range(3):
+        round_ = masking.bind(clients, 7, 3)
+        for client in survivors[worker::3]:
+            words = words_of(masking.numbers, client)
+            masking.numbers.add(plain, words)
+            round_.mask(client, words)
+            masking.numbers.add(total, words)
+    for start, stop in ((0, 20), (20, LENGTH)):
+        masking.bind(clients, 7, 3).unmask(total[start:stop], survivors, start)
+    assert torch.equal(total, plain)
+
+
 def test_secrets_from_the_system_cancel_too():
     parties = {client: Party.fresh(client) for client in range(5)}
     assert len({party.private_key for party in parties.values()} | {p.own_seed for p in parties.values()}) == 10

@@ -100,6 +100,7 @@ class Masking:
         Raises:
             SettingsError: clients that cannot mask together; or the extra that holds the ciphers is missing.
         """
+        extra_module(_KEYS, _PURPOSE)
         return MaskedRound(self, clients, seed, round, lambda client: Party.simulated(client, seed, round))
 
 

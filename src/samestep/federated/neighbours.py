@@ -3,8 +3,20 @@
     degree 4        . a - b - c - d - e .        b: a, c, and e.g. the one before a, and d
 
 A complete graph costs each client one mask per other client. Bell et al. (2020) show that a random regular graph of a
-degree that grows like the logarithm of the number of clients is enough, so that a thousand clients cost some 40 masks
-each. `degree_of` gives 4 * ceil(log2(clients)), or the complete graph where that is no larger.
+degree that grows like the logarithm of the number of clients is enough. `degree_of` gives 4 * ceil(log2(clients)), or
+the complete graph where that is no larger: 40 masks each for a thousand clients.
+
+What a degree gives, with shares that more than half open (bounds by the hypergeometric tail, over all clients): the
+chance that a server in league with a tenth (a fifth) of the clients opens somebody; that a round fails because so many
+at random are lost.
+
+    clients  degree   in league 1/10, 1/5   lost 1/10, 1/5
+    300      36       2**-33   2**-10       1e-10   8e-4
+    300      100      none     2**-58       none    5e-18
+    1,000    40       2**-28   2**-8        4e-9    3e-3
+    1,000    100      2**-88   2**-32       4e-27   2e-10
+
+So the default is for up to a tenth; take 100 neighbours, for some 3 times the cost, where a fifth may be in league.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Which clients take part in a round, and which of them are lost: functions of the recipe alone."""
+"""Which clients take part in a round, and which of them are lost: functions of the recipe alone.
+
+Where privacy counts on sampling, who was drawn must stay unknown: keep the seed secret.
+"""
 
 from __future__ import annotations
 
