@@ -1,6 +1,6 @@
 """Who masks with whom in a round: a ring of clients in random order, each tied to the nearest on both sides.
 
-    degree 4        . a - b - c - d - e .        b: a, c, and e.g. the one before a, and d
+    degree 4        ... a - b - c - d - e ...        c masks with a, b, d, e
 
 A complete graph costs each client one mask per other client. Bell et al. (2020) show that a random regular graph of a
 degree that grows like the logarithm of the number of clients is enough. `degree_of` gives 4 * ceil(log2(clients)), or
