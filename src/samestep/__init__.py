@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from samestep.agree.outer import Adaptive, Average, Momentum, Nesterov
     from samestep.agree.synchronous import Synchronous
     from samestep.errors import (
+        BudgetError,
         CheckpointError,
         DataError,
         EditedWeightsError,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         PeerError,
         SamestepError,
         SettingsError,
+        UnmaskingError,
         UsageError,
         WorkerError,
     )
@@ -45,6 +47,7 @@ _HOMES = {
 __all__ = [
     "Adaptive",
     "Average",
+    "BudgetError",
     "CheckpointError",
     "DataError",
     "EditedWeightsError",
@@ -60,6 +63,7 @@ __all__ = [
     "SettingsError",
     "Step",
     "Synchronous",
+    "UnmaskingError",
     "UsageError",
     "WorkerError",
     "launch",
