@@ -43,6 +43,8 @@ _HOMES = {
     "Synchronous": "samestep.agree.synchronous",
 }
 """Where a name lives, if not among the errors."""
+_ROOMS = ("codecs",)
+"""Rooms whose names are used with theirs: samestep.codecs.Int8."""
 
 __all__ = [
     "Adaptive",
@@ -71,10 +73,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"samestep.{name}")
     if name not in __all__:
         raise AttributeError(f"module 'samestep' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES.get(name, "samestep.errors")), name)
 
 
 def __dir__() -> list[str]:
-    return [*__all__]
+    return [*__all__, *_ROOMS]

@@ -60,7 +60,7 @@ class Leaves:
         """Take the plain values that `state` gave, in a worker that joins."""
 
     def num_bytes(self) -> int | None:
-        """Return the bytes that one replica's gradients take in the next step; None as they are."""
+        """Return the bytes that one replica has encoded so far; None as gradients are."""
         return None
 
 
@@ -147,8 +147,11 @@ class CodedLeaves(Leaves):
         self._updates = list(values) if values is not None else [0] * len(self._updates)
 
     def num_bytes(self) -> int | None:
-        of_each = zip(self._codings, self._updates, self._trained, strict=True)
-        return sum(coding.num_bytes(step, range(len(t.weights.views))) for coding, step, t in of_each)
+        return sum(
+            coding.num_bytes(step, range(len(trained.weights.views)))
+            for coding, updates, trained in zip(self._codings, self._updates, self._trained, strict=True)
+            for step in range(updates)
+        )
 
     def _fold(self, number: int, replica: int, indices: Sequence[int], message: bytes) -> None:
         """Add what a replica's payloads stand for, as its leaf."""

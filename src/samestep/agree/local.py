@@ -187,7 +187,8 @@ class LiveLocal(Live):
         if self.model.buffers.own is not None:
             tensors["buffers"] = self.model.buffers.own
         since = [[list(map(list, items.items())) for items in ones] for ones in self._since]
-        return tensors, {"updates": self._updates, "rounds": self._num_rounds, "since": since, "numbers": numbers}
+        counts = {"updates": self._updates, "rounds": self._num_rounds, "bytes": self._num_bytes}
+        return tensors, {**counts, "since": since, "numbers": numbers}
 
     def load(self, tensors: Mapping[str, torch.Tensor], values: Any) -> None:
         for index, apart in enumerate(self._apart):
@@ -216,7 +217,7 @@ class LiveLocal(Live):
         return {"agreement": repr(self.recipe), "rounds": self._num_rounds, "bytes_per_replica": self._num_bytes}
 
     def _count(self, values: Any) -> None:
-        self._updates, self._num_rounds = list(values["updates"]), values["rounds"]
+        self._updates, self._num_rounds, self._num_bytes = list(values["updates"]), values["rounds"], values["bytes"]
         self._since = [[dict(items) for items in ones] for ones in values["since"]]
 
     def _step(self, apart: Apart, request: Request, met: Meeting, norms: Mapping[int, float]) -> None:

@@ -171,7 +171,9 @@ class Step:
                     clock.begin_shard(self.number, -1)
                 if model.buffers.end_shard(replica):
                     self._part.changed.append(replica)
+            before = clock.to("update")
             agreed.end_shard(replica)
+            clock.to(before)
         seed_step(self._seed, self.number)
 
     def backward(self, loss: torch.Tensor, count: float | None = None, retain_graph: bool = False) -> None:

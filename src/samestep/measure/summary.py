@@ -141,6 +141,7 @@ def _all_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("speed", f"{count_in_words(round(speed))} samples/s" if speed else ""),
         ("memory", used),
         ("fleet", _fleet_in_words(facts)),
+        ("agreement", _agreement_in_words(facts)),
         ("samples", _samples_in_words(facts)),
         ("weights", _digest_in_words(facts)),
         ("memory checks", _checks_in_words(facts)),
@@ -189,6 +190,16 @@ def _samples_in_words(facts: dict[str, Any]) -> str:
     if holds is False:
         return f"NOT each sample exactly once. {sentence}".rstrip()
     return sentence or ("each sample exactly once" if holds else "")
+
+
+def _agreement_in_words(facts: dict[str, Any]) -> str:
+    """Return words unless replicas agreed at every step, on gradients as they are."""
+    parts = [facts["agreement"]] if facts.get("agreement") else []
+    if facts.get("rounds") is not None:
+        parts.append(f"{count_in_words(facts['rounds'])} rounds")
+    if facts.get("bytes_per_replica"):
+        parts.append(f"{bytes_in_words(facts['bytes_per_replica'])} encoded per replica")
+    return "; ".join(parts)
 
 
 def _digest_in_words(facts: dict[str, Any]) -> str:
