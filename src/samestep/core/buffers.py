@@ -8,7 +8,8 @@ the bit.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -104,6 +105,22 @@ class Buffers:
         self._dirty = True
         self._meeting[replica * self.num_bytes :][: self.num_bytes].copy_(self._memory)
         return True
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Let a shard be played that counts for nothing: afterwards the buffers are as they are now."""
+        if not self.num_bytes:
+            yield
+            return
+        self._reattach()
+        held, dirty = self._memory.clone(), self._dirty
+        self._dirty = True
+        try:
+            yield
+        finally:
+            self._reattach()
+            self._memory.copy_(held)
+            self._dirty = dirty
 
     def merge(self, counts: Mapping[int, int], changed: set[int]) -> None:
         """Set the buffers to the merged ones. Collective where memory is not shared.

@@ -22,6 +22,7 @@ from samestep.core.worker import Worker
 from samestep.data.source import as_source
 from samestep.data.split import schedule
 from samestep.errors import UsageError
+from samestep.loop.audits import Audits
 from samestep.loop.evaluation import Evaluation, evaluating
 from samestep.loop.feed import Reading
 from samestep.loop.session import Session
@@ -71,6 +72,7 @@ class Run:
         arrivals: str = "auto",
         nonfinite: Nonfinite = "stop",
         on_bad_sample: OnBadSample = "stop",
+        audit: float = 0,
     ) -> None:
         """Make identical replicas of modules and optimizers on every worker, and register all for checkpoints.
 
@@ -88,6 +90,8 @@ class Run:
             on_bad_sample: what to do with a sample of `run.steps` whose reading raises, twice in a row: "stop" with
                 an error that names it; "skip" it, so that the batch is what is left (`step.bad_samples` tells); or a
                 number: skip so many different samples at most.
+            audit: the share of updates, 0 to 1, in which one shard is computed by a second worker too (by the only one
+                twice), and loss and gradients are compared bit by bit: 1/64 finds a processor that computes wrong.
 
         Raises:
             UsageError, MismatchError, SettingsError: something cannot be replicated, or workers built it differently,
@@ -109,6 +113,7 @@ class Run:
         session = self._session
         session.conditions.begin(session.calls)
         session.model = session.crew.model = Model(things, session.group, options)
+        session.audits = Audits(audit, session.model, session.group, session.calls)
         bound = agree if agree is not None else Synchronous()
         session.agreed = bound.bind(session.model, session.group, session.calls, session.clock, tolerance, allowance)
         session.replay.begin()

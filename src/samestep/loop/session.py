@@ -19,6 +19,7 @@ from samestep.core.randomness import seed_evaluation
 from samestep.core.worker import Wish, Worker
 from samestep.errors import MismatchError, StorageError, UsageError
 from samestep.loop.archive import Archive
+from samestep.loop.audits import Audits
 from samestep.loop.crew import Crew
 from samestep.loop.feed import Feed
 from samestep.loop.keeper import Keeper
@@ -48,6 +49,7 @@ class Session:
         clock, calls, ledger, record, conditions: see their classes.
         model: None until `run.replicate`.
         agreed: the live form of how replicas agree; None until then.
+        audits: compares shards that two workers play; None until then.
         whereabouts: says in which shard the script left the loop over them; empty if in none.
         num_reseeds: calls so far after which generators were seeded anew.
         crew: the workers, as they die and join.
@@ -75,6 +77,7 @@ class Session:
         self.conditions = Conditions(recipe, keeping, group.worker.device, self.record.note)
         self.model: Model | None = None
         self.agreed: Any = None
+        self.audits: Audits | None = None
         self.whereabouts: Callable[[], str] = str
         self.num_reseeds = 0
         self.crew = Crew(group, self.calls, supervision.reporter, supervision.snapshots)
@@ -258,6 +261,7 @@ class Session:
             "logged": self.record.logged,
             "notes": self.record.notes,
             **self.integrity.facts(),
+            **(self.audits.facts() if self.audits is not None else {}),
             **combined(parts),
         }
 
