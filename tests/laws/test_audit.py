@@ -7,7 +7,6 @@ import math
 import os
 import platform
 import re
-from collections import Counter
 from contextlib import contextmanager, suppress
 from functools import partialmethod
 from typing import Any
@@ -21,7 +20,7 @@ from zoo import Convolutional, Perceptron, classes_loss, images, vectors
 import samestep.core.gradients as gradients_module
 import samestep.loop.run as run_module
 import samestep.loop.step as step_module
-from samestep.core.audit import Account, Draw, checksum, draw, odd_ones
+from samestep.core.audit import Account, Draw, checksum, draw, is_due, odd_ones
 from samestep.core.buffers import Buffers
 from samestep.core.fakes import run_threads
 from samestep.core.gradients import Gradients
@@ -144,16 +143,19 @@ def test_nothing_is_to_be_seen_after_the_shards():
 
 
 def test_a_share_of_the_passes_is_audited():
+    steps = [step for step in range(64_000) if is_due(1 / 64, (5, step, 0))]
+    assert 850 < len(steps) < 1150
+    assert steps != [step for step in range(64_000) if is_due(1 / 64, (5, step, 1))]
+    assert all(is_due(1, (5, step, 0)) and not is_due(0, (5, step, 0)) for step in range(1_000))
+
+
+def test_every_replica_and_pair_is_drawn():
     runs = [range(3), range(3, 6), range(6, 8)]
-    drawn = [draw(1 / 64, (5, step, 0), range(1, 8), runs) for step in range(64_000)]
-    found = [one for one in drawn if one is not None]
-    assert 850 < len(found) < 1150
-    assert set(Counter(one.replica for one in found)) == set(range(1, 8))
-    assert {(one.player, one.auditor) for one in found} == {(a, b) for a in range(3) for b in range(3) if a != b}
-    assert all(one.replica in runs[one.player] for one in found)
-    assert [draw(1.0, (5, 0, 0), [2], [range(4)])] == [Draw(replica=2, player=0, auditor=0)]
-    assert drawn[:640] != [draw(1 / 64, (5, step, 1), range(1, 8), runs) for step in range(640)]
-    assert draw(1.0, (5, 0, 0), [], runs) is None
+    drawn = [draw((5, step, 0), range(1, 8), runs) for step in range(1_000)]
+    assert {one.replica for one in drawn} == set(range(1, 8))
+    assert {(one.player, one.auditor) for one in drawn} == {(a, b) for a in range(3) for b in range(3) if a != b}
+    assert all(one.replica in runs[one.player] for one in drawn)
+    assert draw((5, 0, 0), [2], [range(4)]) == Draw(replica=2, player=0, auditor=0)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, 2, math.nan, True, "1/64"])

@@ -40,17 +40,19 @@ class Draw:
     auditor: int
 
 
-def draw(share: float, seeds: tuple[int, int, int], replicas: Sequence[int], runs: Sequence[range]) -> Draw | None:
-    """Return what is audited in a pass, or None.
+def is_due(share: float, seeds: tuple[int, int, int]) -> bool:
+    """Return whether there is an audit in the pass of (seed, step, pass), as there is in a share of them, 0..1."""
+    return share > 0 and key(8, *seeds) < share * 2.0**64
+
+
+def draw(seeds: tuple[int, int, int], replicas: Sequence[int], runs: Sequence[range]) -> Draw:
+    """Return what is audited in a pass.
 
     Args:
-        share: of the passes, 0..1.
         seeds: (seed, step, pass).
-        replicas: those that have samples.
+        replicas: those that have samples, at least one.
         runs: the replicas that each worker plays.
     """
-    if not replicas or key(8, *seeds) >= share * 2.0**64:
-        return None
     replica = replicas[key(8, *seeds, 0) % len(replicas)]
     player = next(rank for rank, run in enumerate(runs) if replica in run)
     shift = 1 + key(8, *seeds, 1) % (len(runs) - 1) if len(runs) > 1 else 0

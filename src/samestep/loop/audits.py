@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-from samestep.agree.synchronous import Part
-from samestep.core.audit import Account, Draw, draw, place, verdict
+from samestep.core.audit import Account, Draw, draw, is_due, place, verdict
 from samestep.core.calls import Calls, line_of_user
 from samestep.core.group import Group
 from samestep.core.model import Model
@@ -58,12 +57,12 @@ class Audits:
             batch: the positions of its data.
             num_replicas: number of replicas.
         """
-        if not self._share:
+        if not is_due(self._share, seeds):
             return None
         bounds = shard_bounds(batch.start, batch.stop, num_replicas)
         replicas = [replica for replica, (start, stop) in enumerate(bounds) if start < stop]
         size = self._group.worker.size
-        return draw(self._share, seeds, replicas, [run_of(rank, size, num_replicas) for rank in range(size)])
+        return draw(seeds, replicas, [run_of(rank, size, num_replicas) for rank in range(size)])
 
     def settle(
         self, drawn: Draw, own: Account | None, again: Again, describe: Callable[[int], str]
@@ -119,14 +118,14 @@ class Ear:
         for trained, seen in zip(model.trained, self._seen, strict=True):
             trained.gradients.seen = seen
 
-    def account(self, part: Part, replica: int) -> Account:
-        """Return what came of the shard, which has ended; `part` holds the losses of `replica`."""
+    def account(self, losses: Sequence[tuple[int, float, float]], replica: int) -> Account:
+        """Return what came of the shard of `replica`, which has ended; `losses` are (replica, loss, count)."""
         for trained in self._model.trained:
             trained.gradients.seen = None
         return Account(
             samples=self._samples,
             data=self._data,
-            losses=[[float(loss).hex(), float(count).hex()] for r, loss, count in part.losses if r == replica],
+            losses=[[float(loss).hex(), float(count).hex()] for r, loss, count in losses if r == replica],
             gradients=[[list(pair) for pair in sorted(seen.items())] for seen in self._seen],
         )
 

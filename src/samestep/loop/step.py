@@ -174,7 +174,7 @@ class Step:
             for trained in model.trained:
                 trained.gradients.end_shard()
             if ear is not None:
-                account = ear.account(self._part, replica)
+                account = ear.account(self._part.losses, replica)
         return account
 
     def _shard(self, replica: int, shard: Shard) -> Iterator[Any]:
@@ -374,7 +374,7 @@ def _again(step: Step, replica: int) -> Generator[Any, None, Account]:
                 yield from step._shard(replica, shard)
             for trained in model.trained:
                 trained.gradients.end_shard()
-            return ear.account(step._part, replica)
+            return ear.account(step._part.losses, replica)
     finally:
         step._part = part
 
