@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import re
+import zlib
 from contextlib import contextmanager, suppress
 from functools import partialmethod
 from typing import Any
@@ -69,16 +70,12 @@ def test_no_bit_changes(workers):
 NUM_PASSES = {
     "adversarial": 6,
     "tokens_counted": None,
-    "two_backward_calls": None,
     "autocast_float16_scaled": None,
-    "weights_in_bfloat16": None,
-    "channels_last": 3,
     "buffers_meant": 3,
     "checkpointed_reentrant": None,
     "more_replicas_than_samples": 4,
     "empty_and_scattered_parameters": 2,
     "frozen_and_thawed": 4,
-    "transformed": None,
 }
 
 
@@ -143,9 +140,9 @@ def test_nothing_is_to_be_seen_after_the_shards():
 
 
 def test_a_share_of_the_passes_is_audited():
-    steps = [step for step in range(64_000) if is_due(1 / 64, (5, step, 0))]
-    assert 850 < len(steps) < 1150
-    assert steps != [step for step in range(64_000) if is_due(1 / 64, (5, step, 1))]
+    steps = [step for step in range(32_000) if is_due(1 / 64, (5, step, 0))]
+    assert 400 < len(steps) < 600
+    assert steps != [step for step in range(32_000) if is_due(1 / 64, (5, step, 1))]
     assert all(is_due(1, (5, step, 0)) and not is_due(0, (5, step, 0)) for step in range(1_000))
 
 
@@ -294,6 +291,10 @@ def test_a_checksum_knows_every_bit_and_place_and_no_strides():
     assert checksum(-gradient) != known != checksum(gradient.flip(0))
     assert checksum(flipped(gradient)) != known
     assert checksum(torch.zeros(3)) != checksum(-torch.zeros(3))
+    for shape in ((), (0,), (0, 3), (1, 5)):
+        plain = torch.randn(shape, generator=torch.Generator().manual_seed(4))
+        assert checksum(plain) == zlib.crc32(plain.numpy().tobytes())
+    assert checksum(gradient.bfloat16()) == zlib.crc32(gradient.bfloat16().view(torch.int16).numpy().tobytes())
 
 
 # -------------------------------------------------------------------------------- bugs planted in the audit itself

@@ -24,6 +24,9 @@ import torch
 from samestep.core.randomness import key
 from samestep.storage.digest import pieces
 
+_PLAIN = (torch.float32, torch.float64)
+"""What NumPy knows too."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
@@ -64,6 +67,8 @@ def checksum(gradient: torch.Tensor) -> int:
 
     A sum of words is ten times as fast, but two sign bits cancel in it; and this is the smaller part of an audit.
     """
+    if gradient.is_cpu and gradient.dtype in _PLAIN and gradient.is_contiguous() and not gradient.is_neg():
+        return zlib.crc32(gradient.numpy().data)
     crc = 0
     for piece in pieces(gradient):
         crc = zlib.crc32(piece, crc)
