@@ -145,6 +145,7 @@ def _all_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("samples", _samples_in_words(facts)),
         ("weights", _digest_in_words(facts)),
         ("memory checks", _checks_in_words(facts)),
+        ("audits", _audits_in_words(facts)),
         ("checkpoints", _saves_in_words(facts)),
         *(("note", str(note)) for note in facts.get("notes") or ()),
     ]
@@ -212,6 +213,15 @@ def _checks_in_words(facts: dict[str, Any]) -> str:
     if not updates or not verified:
         return ""
     return f"no bit flipped before {count_in_words(verified)} of {count_in_words(updates)} updates"
+
+
+def _audits_in_words(facts: dict[str, Any]) -> str:
+    count = facts.get("audited")
+    if not count:
+        return ""
+    who = "by two workers" if (facts.get("workers") or 1) > 1 else "twice"
+    shards, were = ("shards", "were") if count > 1 else ("shard", "was")
+    return f"{count_in_words(count)} {shards} {were} computed {who}, with the same bits"
 
 
 def _saves_in_words(facts: dict[str, Any]) -> str:
