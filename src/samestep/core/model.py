@@ -14,6 +14,7 @@ import torch
 
 from samestep.core import tree
 from samestep.core.buffers import Buffers, Rule
+from samestep.core.division import Division
 from samestep.core.element_update import ElementUpdate
 from samestep.core.fold import Fold, HeldFold
 from samestep.core.gradients import Gradients
@@ -27,7 +28,6 @@ from samestep.core.places import Slot
 from samestep.core.update import Update
 from samestep.core.weights import Weights, check_separate, shape_of
 from samestep.core.whole_update import WholeUpdate
-from samestep.core.worker import run_of
 from samestep.errors import MismatchError, UsageError
 from samestep.storage import wire
 from samestep.storage.digest import tensor_digest
@@ -60,7 +60,7 @@ class Trained:
     Attributes:
         optimizer: the user's.
         weights, gradients, sums, update: its mechanism; see their classes.
-        replicas: those this worker plays.
+        replicas: those this worker plays (`Model.division`).
         nodes: for each worker, the nodes of the tree that it folds.
         num_nodes: for each worker, how many.
         area_bytes: gradient memory of all workers of the group.
@@ -87,7 +87,7 @@ class Trained:
         self._shapes = [shape_of(p, divisible=self._kind is Kind.ELEMENT) for p in parameters]
         parameter_names = [names[id(p)] for p in parameters]
         self.weights = Weights(group, parameter_names, parameters, self._layout(), f"weights {number}")
-        self._meet()
+        self._meet(Division.even(group.worker.size, options.num_replicas))
         made = ElementUpdate if self._kind is Kind.ELEMENT else WholeUpdate
         self.update: Update = made(optimizer, self.weights, group, f"state {number}")
         self.stale = False
@@ -95,12 +95,17 @@ class Trained:
         self._load_hook = optimizer.register_load_state_dict_post_hook(self._loaded)
         self._guard_hook = optimizer.register_step_pre_hook(_refuse_step)
 
-    def reseat(self) -> None:
+    def reseat(self, division: Division) -> None:
         """Divide the work among the workers that the group has now. Collective."""
         self.gradients.close()
         self.weights.reseat(self._group, self._layout())
-        self._meet()
+        self._meet(division)
         self.update.reseat()
+
+    def divide(self, division: Division) -> None:
+        """Let each worker play other replicas; what it owns of weights and state stays its own. Collective."""
+        self.gradients.close()
+        self._meet(division)
 
     def take_over(self, groups: Sequence[Mapping[str, Any]], numbers: Mapping[int, Mapping[str, Any]]) -> None:
         """Take what the optimizer of a worker that joins has of its own: settings of groups, numbers in the state."""
@@ -117,11 +122,10 @@ class Trained:
         granule = GRANULE if self._options.threads == 1 else PIECE
         return _for_all(lay_out(self._shapes, owners, granule=granule), size)
 
-    def _meet(self) -> None:
+    def _meet(self, division: Division) -> None:
         """Make the places where gradients are folded and meet. Collective."""
-        rank, size, num_replicas = self._group.worker.rank, self._group.worker.size, self._options.num_replicas
-        layout = self.weights.layout
-        runs = [run_of(w, size, num_replicas) for w in range(size)]
+        rank, size, num_replicas = self._group.worker.rank, self._group.worker.size, division.num_replicas
+        layout, runs = self.weights.layout, division.runs
         scripts = [tree.script_of(run, num_replicas) for run in runs]
         self.replicas = runs[rank]
         self.nodes = [s.nodes for s in scripts]
@@ -189,6 +193,7 @@ class Model:
         trained: one per optimizer.
         modules: (prefix of names, module), in the order given.
         others: schedulers, scalers and alike: registered for checkpoints only.
+        division: which replicas each worker plays.
         buffers, guard, integrity: see their classes.
     """
 
@@ -202,6 +207,7 @@ class Model:
         """
         self._group = group
         self._options = options
+        self.division = Division.even(group.worker.size, options.num_replicas)
         modules = [t for t in things if isinstance(t, torch.nn.Module)]
         optimizers = [t for t in things if isinstance(t, torch.optim.Optimizer)]
         self.others = [t for t in things if not isinstance(t, torch.nn.Module | torch.optim.Optimizer)]
@@ -215,8 +221,8 @@ class Model:
         # The memory of weights, gradients, and (for most optimizers) two state tensors as large as the weights.
         taken = {id(p): p for o in optimizers for g in o.param_groups for p in g["params"]}
         if group.worker.is_first and group.worker.device == "cpu":
-            scripts = [tree.script_of(group.worker.replicas(options.num_replicas), options.num_replicas)]
-            factor = 3 + group.worker.size * scripts[0].num_buffers
+            script = tree.script_of(self.division.of(0), options.num_replicas)
+            factor = 3 + group.worker.size * script.num_buffers
             check_fits(sum(p.numel() * p.element_size() for p in taken.values()) * factor, "The training state")
         self.trained = [Trained(i, o, names, group, options) for i, o in enumerate(optimizers)]
         self._frozen = self._share_frozen(names, set(taken), group)
@@ -228,18 +234,29 @@ class Model:
         give_back()  # the tensors that the parameters were built in
 
     def reseat(self) -> None:
-        """Divide the work among the workers that the group has now; weights and state stay where they are. Collective.
+        """Divide the work evenly among the workers that the group has now. Collective.
 
-        Workers that have joined the group find them there.
+        Weights and state stay where they are; workers that have joined the group find them there.
         """
         self.guard.open()
+        self.division = Division.even(self._group.worker.size, self._options.num_replicas)
         for trained in self.trained:
-            trained.reseat()
+            trained.reseat(self.division)
         for weights in self._frozen:
             weights.reseat(self._group, lay_out(weights.layout.shapes, self._group.worker.size))
-        self.buffers.reseat()
+        self.buffers.reseat(self.division)
         self.guard = self._watch()
         self.integrity.reseat(self.guard)
+
+    def divide(self, division: Division) -> None:
+        """Let each worker play other replicas, between two steps; all else stays as it is. Collective.
+
+        It moves neither weights nor state, so it works where memory is not shared, too.
+        """
+        self.division = division
+        for trained in self.trained:
+            trained.divide(division)
+        self.buffers.reseat(division)
 
     def _watch(self) -> Guard:
         modules = [module for _, module in self.modules]

@@ -9,9 +9,9 @@ from samestep.core.arena import Arena
 from samestep.core.calls import Calls
 from samestep.core.group import Group, WorkerLost
 from samestep.core.model import Model
-from samestep.core.snapshot import Snapshots
 from samestep.core.worker import Worker
-from samestep.loop.reporter import Reporter
+from samestep.loop.balance import Balance
+from samestep.loop.supervision import Supervision
 
 T = TypeVar("T")
 
@@ -23,21 +23,34 @@ class Crew:
         group: how the workers reach each other.
         model: what is divided among them; None until there is one.
         num_regroups: how often it was divided anew.
+        balance: decides when replicas move away from a slow worker.
     """
 
-    def __init__(self, group: Group, calls: Calls, reporter: Reporter, snapshots: Snapshots | None):
-        """Begin with the workers that `group` has; `snapshots` know how many calls were recorded."""
+    def __init__(self, group: Group, calls: Calls, supervision: Supervision):
+        """Begin with the workers that `group` has."""
         self.group = group
         self.model: Model | None = None
         self.num_regroups = 0
+        self.balance = Balance(supervision.balances)
         self._calls = calls
-        self._reporter = reporter
-        self._snapshots = snapshots
+        self._reporter = supervision.reporter
+        self._snapshots = supervision.snapshots
 
     @property
     def worker(self) -> Worker:
         """This worker, as it is now: ranks change where others die or join."""
         return self.group.worker
+
+    @property
+    def replicas(self) -> range:
+        """Those that this worker plays now."""
+        assert self.model is not None
+        return self.model.division.of(self.worker.rank)
+
+    def facts(self) -> dict[str, Any]:
+        """Return which replicas moved, for the summary."""
+        self.balance.end()
+        return {"moves": [move.to_facts() for move in self.balance.moves]}
 
     def surviving(self, act: Callable[[], T]) -> T:
         """Return what `act` gives; where a worker dies meanwhile, the others divide the work anew and do it again."""
@@ -71,6 +84,7 @@ class Crew:
         group.settle()
         self.model.integrity.watch()
         self.num_regroups += 1
+        self.balance.forget()
         if not self.worker.is_first:
             return
         if not was_first:
@@ -80,3 +94,34 @@ class Crew:
             self._reporter.mended({"first": group.slot, "members": group.members, "dead": dead})
         if set(group.members) - before:
             self._reporter.joined({"members": group.members})
+
+    def rebalance(self, step: int) -> None:
+        """Let replicas move away from workers that are steadily slower. Collective, at the end of each step.
+
+        Args:
+            step: committed steps.
+        """
+        assert self.model is not None
+        division = self.model.division
+        if not self.balance.is_due or not 1 < self.worker.size < division.num_replicas:
+            return
+        before = self.num_regroups
+        met = self.surviving(lambda: self._calls.meet("run.steps (balance)", "", self.balance.mine()))
+        if self.num_regroups != before:
+            # What they told was of another division.
+            return
+        # All weigh the same numbers, so all come to the same.
+        workers = self.group.members if isinstance(self.group, Arena) else range(self.worker.size)
+        move = self.balance.weigh(step, workers, division, [value for value, _ in met])
+        if move is None:
+            return
+        try:
+            with self.group.mendable():
+                self.model.divide(move.after)
+        except WorkerLost:
+            self.regroup()
+            return
+        self.num_regroups += 1
+        self.balance.made(move)
+        if self.worker.is_first:
+            self._reporter.note(f"samestep: {move.in_words()}")

@@ -18,6 +18,7 @@ import torch
 
 from samestep.agree.synchronous import Outcome, Part, Request, unit_of
 from samestep.core.calls import line_of_user
+from samestep.core.device import synchronize
 from samestep.core.group import WorkerLost
 from samestep.core.randomness import seed_shard, seed_step
 from samestep.data.loading import Shard
@@ -147,7 +148,7 @@ class Step:
             trained.gradients.begin_pass()
         model.buffers.begin_pass()
         for index, (replica, shard) in enumerate(
-            zip(session.worker.replicas(self._num_replicas), self._shards, strict=True)
+            zip(session.crew.replicas, self._shards, strict=True)
         ):
             for trained in model.trained:
                 trained.gradients.begin_shard(index)
@@ -174,6 +175,11 @@ class Step:
                     self._part.changed.append(replica)
             for trained in model.trained:
                 trained.gradients.end_shard()
+        if session.worker.size > 1:
+            # A GPU may still be at it: what its shards take is not to be counted as waiting.
+            before = clock.to("compute")
+            synchronize(session.worker.device)
+            clock.to(before)
         seed_step(self._seed, self.number)
 
     def backward(self, loss: torch.Tensor, count: float | None = None, retain_graph: bool = False) -> None:
