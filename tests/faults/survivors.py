@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parents[1] / "laws"))
 from small_fleet import Outcome, SmallFleet
 
 MOST_STEPS = 400
@@ -36,6 +37,7 @@ class Case:
         returns: workers to wait for before the run may end.
         optimizer: what is trained with.
         loaders: processes that read ahead.
+        moves: replicas move at random after every step.
     """
 
     workers: int
@@ -43,6 +45,7 @@ class Case:
     returns: int = 0
     optimizer: str = "AdamW"
     loaders: int = 0
+    moves: bool = False
 
 
 CASES = (
@@ -59,6 +62,7 @@ CASES = (
     Case(2, ((0, 3, "shard"),), 1, "Adafactor"),
     Case(3, ((1, 3, "shard"),), 1, "Odd"),
     Case(2, ((1, 3, "shard"),), 1, "AdamW", 2),
+    Case(3, ((1, 3, "shard"), (0, 8, "after")), 1, "AdamW", 1, moves=True),
 )
 """What the suite plays. "Odd" is an optimizer that samestep does not know, and that looks at all tensors at once."""
 
@@ -113,6 +117,10 @@ def trained(case: Case, board: Board, run: Any) -> dict[str, Any]:
     average = nn.Linear(300, 3)
     optimizer = optimizer_of(case.optimizer, model)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.97)
+    if case.moves:
+        from restless import Restless
+
+        run._session.crew.balance = Restless()
     run.replicate(model, optimizer, scheduler, average)
     losses, noise, number = [], 0.0, 0
 
@@ -199,6 +207,8 @@ def judged(case: Case, outcome: Outcome, num_back: int, expected: dict[str, Any]
     wrong += [f"{num_back} came back, not {case.returns}"] * (num_back < case.returns)
     num_killed = sum(os.WIFSIGNALED(status) for _, status in outcome.statuses)
     wrong += [f"{num_killed} were killed"] * (num_killed < len(case.deaths))
+    moved = any("Replicas moved" in text for text in outcome.kinds("note"))
+    wrong += ["replicas did not move" if case.moves else "replicas moved"] * (moved != case.moves)
     for slot, result in outcome.results.items():
         wrong += [f"worker {slot}: {key}" for key in expected if key != "workers" and result[key] != expected[key]]
     return wrong

@@ -147,9 +147,7 @@ class Step:
         for trained in model.trained:
             trained.gradients.begin_pass()
         model.buffers.begin_pass()
-        for index, (replica, shard) in enumerate(
-            zip(session.crew.replicas, self._shards, strict=True)
-        ):
+        for index, (replica, shard) in enumerate(zip(session.crew.replicas, self._shards, strict=True)):
             for trained in model.trained:
                 trained.gradients.begin_shard(index)
             if shard is not None:
