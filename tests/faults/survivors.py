@@ -24,7 +24,7 @@ sys.path.append(str(Path(__file__).parents[1] / "laws"))
 from small_fleet import Outcome, SmallFleet
 
 MOST_STEPS = 400
-PLACES = ("shard", "after", "mean")
+PLACES = ("shard", "after", "mean", "move")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Case:
 
     Attributes:
         workers: how many.
-        deaths: (slot, step, place): in a shard, after the update, in an evaluation.
+        deaths: (slot, step, place): in a shard, after the update, in an evaluation, while replicas move.
         returns: workers to wait for before the run may end.
         optimizer: what is trained with.
         loaders: processes that read ahead.
@@ -58,11 +58,11 @@ CASES = (
     Case(2, ((1, 3, "shard"),), 1),
     Case(2, ((0, 3, "shard"),), 1),
     Case(3, ((0, 3, "shard"), (2, 3, "shard")), 2),
-    Case(2, ((1, 3, "shard"),), 1, "SGD"),
+    Case(2, ((1, 3, "shard"),), 1, "SGD", moves=True),
     Case(2, ((0, 3, "shard"),), 1, "Adafactor"),
     Case(3, ((1, 3, "shard"),), 1, "Odd"),
     Case(2, ((1, 3, "shard"),), 1, "AdamW", 2),
-    Case(3, ((1, 3, "shard"), (0, 8, "after")), 1, "AdamW", 1, moves=True),
+    Case(3, ((1, 3, "move"), (0, 8, "move")), moves=True),
 )
 """What the suite plays. "Odd" is an optimizer that samestep does not know, and that looks at all tensors at once."""
 
@@ -133,6 +133,13 @@ def trained(case: Case, board: Board, run: Any) -> dict[str, Any]:
         die("mean")
         return (model(batch[0]).argmax(1) == batch[1]).float()
 
+    divide = run._session.model.divide
+
+    def move(division: Any) -> None:
+        die("move")
+        divide(division)
+
+    run._session.model.divide = move
     for _ in range(3):
         for step in run.steps((x, y), 20, epochs=1, loaders=case.loaders):
             number = step.number

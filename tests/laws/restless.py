@@ -21,14 +21,14 @@ class Restless(Balance):
     def is_due(self) -> bool:
         return len(self._steps) >= 1
 
-    def weigh(self, step: int, workers: Sequence[int], division: Division, told: Sequence) -> Move | None:
+    def weigh(self, step: int, workers: Sequence[int], division: Division, told: Sequence) -> Move:
         self._steps.clear()
         size, num_replicas = len(division.counts), division.num_replicas
         draw = random.Random(step)
-        cuts = [0, *sorted(draw.sample(range(1, num_replicas), size - 1)), num_replicas]
-        after = Division(tuple(b - a for a, b in pairwise(cuts)))
-        if after == division:
-            return None
+        after = division
+        while after == division:
+            cuts = [0, *sorted(draw.sample(range(1, num_replicas), size - 1)), num_replicas]
+            after = Division(tuple(b - a for a, b in pairwise(cuts)))
         return Move(
             step=step, workers=tuple(workers), before=division, after=after, costs=(1.0,) * size, seconds_before=1.0
         )

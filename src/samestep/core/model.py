@@ -87,6 +87,7 @@ class Trained:
         self._shapes = [shape_of(p, divisible=self._kind is Kind.ELEMENT) for p in parameters]
         parameter_names = [names[id(p)] for p in parameters]
         self.weights = Weights(group, parameter_names, parameters, self._layout(), f"weights {number}")
+        self.area: GradientArea | None = None
         self._meet(Division.even(group.worker.size, options.num_replicas))
         made = ElementUpdate if self._kind is Kind.ELEMENT else WholeUpdate
         self.update: Update = made(optimizer, self.weights, group, f"state {number}")
@@ -105,6 +106,9 @@ class Trained:
     def divide(self, division: Division) -> None:
         """Let each worker play other replicas; what it owns of weights and state stays its own. Collective."""
         self.gradients.close()
+        # The room that they take goes before there is other room.
+        del self.sums
+        self.area = None
         self._meet(division)
 
     def take_over(self, groups: Sequence[Mapping[str, Any]], numbers: Mapping[int, Mapping[str, Any]]) -> None:
@@ -131,7 +135,7 @@ class Trained:
         self.nodes = [s.nodes for s in scripts]
         self.num_nodes = [len(nodes) for nodes in self.nodes]
         self.area_bytes = sum(s.num_buffers for s in scripts) * layout.sum_bytes
-        self.area: GradientArea | None = None
+        self.area = None
         if size > 1:
             nodes = [range(count) for count in self.num_nodes]
             name = f"gradients {self._number}"
@@ -257,6 +261,18 @@ class Model:
         for trained in self.trained:
             trained.divide(division)
         self.buffers.reseat(division)
+
+    def gradient_bytes(self, division: Division) -> list[int]:
+        """Return how much memory gradients would take with `division`: what each worker has to find.
+
+        Where they share memory, each has to find all of it.
+        """
+        counts = [len(tree.nodes_of(run, division.num_replicas)) for run in division.runs]
+        one = sum(trained.weights.layout.sum_bytes for trained in self.trained)
+        if self._group.shares_memory:
+            return [one * sum(counts)] * len(counts)
+        # Its own nodes, and its part of everybody's.
+        return [one * count + one * sum(counts) // len(counts) for count in counts]
 
     def _watch(self) -> Guard:
         modules = [module for _, module in self.modules]

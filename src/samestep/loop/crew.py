@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from samestep.core.arena import Arena
 from samestep.core.calls import Calls
+from samestep.core.device import free_bytes
 from samestep.core.group import Group, WorkerLost
 from samestep.core.model import Model
 from samestep.core.worker import Worker
@@ -106,14 +107,19 @@ class Crew:
         if not self.balance.is_due or not 1 < self.worker.size < division.num_replicas:
             return
         before = self.num_regroups
-        met = self.surviving(lambda: self._calls.meet("run.steps (balance)", "", self.balance.mine()))
+
+        def tell() -> list[tuple[Any, bytes]]:
+            mine = [*self.balance.mine(), free_bytes(self.worker.device)]
+            return self._calls.meet("run.steps (balance)", "", mine)
+
+        told = [value for value, _ in self.surviving(tell)]
         if self.num_regroups != before:
             # What they told was of another division.
             return
         # All weigh the same numbers, so all come to the same.
         workers = self.group.members if isinstance(self.group, Arena) else range(self.worker.size)
-        move = self.balance.weigh(step, workers, division, [value for value, _ in met])
-        if move is None:
+        move = self.balance.weigh(step, workers, division, [value[:2] for value in told])
+        if move is None or not _fits(self.model.gradient_bytes(move.after), [value[2] for value in told]):
             return
         try:
             with self.group.mendable():
@@ -125,3 +131,8 @@ class Crew:
         self.balance.made(move)
         if self.worker.is_first:
             self._reporter.note(f"samestep: {move.in_words()}")
+
+
+def _fits(needed: Sequence[int], free: Sequence[int | None]) -> bool:
+    """Return whether each worker has the bytes it needs, as far as it knows: a faster step is not worth a crash."""
+    return all(room is None or room >= num_bytes for num_bytes, room in zip(needed, free, strict=True))
