@@ -18,9 +18,11 @@ from test_resume import eventful
 from zoo import Convolutional, Perceptron, classes_loss, images, vectors
 
 import samestep.loop.balance as balance_module
+import samestep.loop.crew as crew_module
 from samestep.core.buffers import Buffers
+from samestep.core.division import Division
 from samestep.core.group import Group, Solo
-from samestep.core.model import Trained
+from samestep.core.model import Model, Options, Trained
 from samestep.core.randomness import seed_start
 from samestep.loop.crew import Crew
 from samestep.loop.recipe import Keeping, Recipe
@@ -179,3 +181,35 @@ def test_replicas_move_away_from_a_slow_worker(fleet, kind):
     assert move["replicas_after"][1] < 3
     assert "from worker 1" in move["words"]
     assert move["time_since"] is not None
+
+
+def test_nothing_moves_without_room():
+    with restless() as balances, replaced(crew_module, "free_bytes", lambda device: 1000):
+        play(MAINS["clipped"], 8, 3)
+    assert not any(balance.moves for balance in balances)
+
+
+def gradient_bytes(group: Group) -> list[list[int]]:
+    """Program of a worker: for some divisions, the memory that is foreseen for gradients, and what they take of it."""
+    model = torch.nn.Linear(300, 100)
+    replicated = Model([model, torch.optim.SGD(model.parameters(), lr=0.1)], group, Options(num_replicas=8))
+    told = []
+    for counts in ((2, 3, 3), (1, 1, 6), (3, 3, 2), (5, 2, 1)):
+        replicated.divide(Division(counts))
+        area = replicated.trained[0].area
+        received = [node for rank, nodes in enumerate(area.nodes) if rank != group.worker.rank for node in nodes]
+        taken = sum(memory.numel() for memory in [*area.mine, *([] if group.shares_memory else received)])
+        told.append([replicated.gradient_bytes(Division(counts))[group.worker.rank], taken])
+    return told
+
+
+@pytest.mark.parametrize("kind", ["arena", "gloo"])
+def test_memory_that_a_move_takes_is_known_before(fleet, kind):
+    """Else it could run out."""
+    workers = returned(fleet.outcomes(gradient_bytes, kind, 3))
+    for told in zip(*workers, strict=True):
+        foreseen, taken = zip(*told, strict=True)
+        if kind == "arena":
+            # They share memory, so each foresees what all take.
+            foreseen, taken = foreseen[:1], (sum(taken),)
+        assert all(f >= t > f / 4 for f, t in zip(foreseen, taken, strict=True)), told

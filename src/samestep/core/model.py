@@ -263,16 +263,19 @@ class Model:
         self.buffers.reseat(division)
 
     def gradient_bytes(self, division: Division) -> list[int]:
-        """Return how much memory gradients would take with `division`: what each worker has to find.
+        """Return how much memory each worker would have to find for gradients with `division`.
 
-        Where they share memory, each has to find all of it.
+        Where workers share memory, that is what all of them take.
         """
-        counts = [len(tree.nodes_of(run, division.num_replicas)) for run in division.runs]
-        one = sum(trained.weights.layout.sum_bytes for trained in self.trained)
+        scripts = [tree.script_of(run, division.num_replicas) for run in division.runs]
+        layouts = [trained.weights.layout for trained in self.trained]
+        one = sum(layout.sum_bytes for layout in layouts)
         if self._group.shares_memory:
-            return [one * sum(counts)] * len(counts)
-        # Its own nodes, and its part of everybody's.
-        return [one * count + one * sum(counts) // len(counts) for count in counts]
+            return [one * sum(script.num_buffers for script in scripts)] * len(scripts)
+        # Its own sums, and its part of everybody's nodes.
+        num_nodes = sum(len(script.nodes) for script in scripts)
+        parts = [sum(len(layout.sum_runs[rank]) for layout in layouts) for rank in range(len(scripts))]
+        return [one * script.num_buffers + part * num_nodes for script, part in zip(scripts, parts, strict=True)]
 
     def _watch(self) -> Guard:
         modules = [module for _, module in self.modules]
