@@ -60,7 +60,7 @@ class Contestant:
                 told = json.loads(summary.read_text())
                 facts["pss_bytes"] = told["peak_memory_bytes"]
                 facts["state_bytes"] = told["state_bytes"]
-                facts |= {name: told[name] for name in ("updates", "updates_verified", "verify_seconds", "moves")}
+                facts |= {name: told[name] for name in ("updates", "updates_verified", "verify_seconds")}
         if "first_step_at" in facts:
             facts["first_step_seconds"] = facts["first_step_at"] - begin
         return facts

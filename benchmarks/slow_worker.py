@@ -1,76 +1,93 @@
 """What it brings that replicas move away from a slow worker, and what it costs where none is slow.
 
 python benchmarks/slow_worker.py
-python benchmarks/slow_worker.py --rounds 5 --slow 1 2 3 --store docs/measured/slow-worker.md
+python benchmarks/slow_worker.py --slow 1 2 3 --pairs 20 --store docs/measured/slow-worker.md
 
-The second worker sleeps after each shard, so that it takes so many times as long. Timed are the steps after the first
-move, which comes within the warm ones.
+The second worker sleeps after each shard, so that it takes so many times as long. Once replicas have moved, the run
+goes on in blocks of steps, in turn with the division that was found and with the even one; if they have not, in turn
+with balance and without. So what else the machine does meets both alike.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
-import sys
+import time
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from compare import in_turn
-from contestants import Contestant
-from figures import of
 from report import Table, machine, ratios, show, spread, store
-from workloads import WORKLOADS
+from workloads import WORKLOADS, optimizer_of
 
-NUM_WARM = 48
-"""Steps before the timed ones: the first move takes two windows of 16, or of half a second where that is more."""
+import samestep
+from samestep.core.division import Division
 
-
-def entrant(title: str, num_workers: int, option: str) -> Contestant:
-    """Return `samestep run` with 8 replicas and a further option."""
-    shape = ("--workers", str(num_workers), "--replicas", "8", "--summary", "{summary}")
-    return Contestant(
-        title=title,
-        before=(sys.executable, "-m", "samestep", "run", *shape, option),
-        script="train_samestep.py",
-        options=("--",),
-        writes_summary=True,
-    )
+NUM_REPLICAS = 8
+MOST_WARM, BLOCK = 80, 16
 
 
-def moves_in_words(rounds: list[dict[str, Any]]) -> str:
-    """Return how replicas were divided in the end, in each round."""
-    ends = ["-".join(map(str, facts["moves"][-1]["replicas_after"])) if facts["moves"] else "even" for facts in rounds]
-    return ", ".join(ends)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=40, help="timed steps")
-    parser.add_argument("--slow", type=float, nargs="+", default=[1.0, 3.0], metavar="X")
-    parser.add_argument("--workload", choices=list(WORKLOADS), default="cnn")
-    parser.add_argument("--store", metavar="FILE.md")
-    args = parser.parse_args()
-    entrants = {"on": entrant("--balance", args.workers, "--balance")}
-    entrants["off"] = entrant("--no-balance", args.workers, "--no-balance")
+def main(slow: float, args: argparse.Namespace, run: samestep.Run) -> dict[str, Any]:
+    """Train; return the division that was found, when, and seconds per step of the blocks with it and without."""
     workload = WORKLOADS[args.workload]
-    columns = ["the second worker takes", "--balance", "--no-balance", "ratio", "replicas in the end"]
-    table = Table(f"Seconds per step, {workload.title}, {args.workers} workers, 8 replicas", columns)
-    for slow in args.slow:
-        arguments = ("--workload", args.workload, "--warm", str(NUM_WARM), "--steps", str(args.steps))
-        facts = in_turn(entrants, args.rounds, f"{slow:g} times", (*arguments, "--slow", str(slow)))
-        on, off = of(facts["on"], "seconds_per_step"), of(facts["off"], "seconds_per_step")
-        ratio = ratios(on, off)
-        cells = [spread(on, "{:.4f}"), spread(off, "{:.4f}"), spread(ratio, "{:.2f}"), moves_in_words(facts["on"])]
-        table.rows.append([f"{slow:g} times as long" if slow != 1 else "as long as the other", *cells])
-        print(f"{slow:g} times: {statistics.median(ratio):.2f} of the time", file=sys.stderr)
-    table.notes.append("A ratio is the median of the ratios within each round, because machines drift.")
-    where = machine()
-    show([table], where)
-    if args.store:
-        store([table], where, Path(args.store))
+    data, model = workload.data(), workload.model()
+    run.replicate(model, optimizer_of(model))
+    crew = run._session.crew
+
+    def play(num_steps: int, is_enough: Callable[[], bool] = lambda: False) -> float:
+        """Make steps; return the median of what they took, but for the first."""
+        laps = []
+        for step in run.steps(data, workload.batch_size, steps=num_steps, drop_last=True):
+            for inputs, targets in step:
+                begin = time.perf_counter()
+                step.backward(workload.loss(model, inputs, targets))
+                if run.worker.rank == 1:
+                    time.sleep((slow - 1) * (time.perf_counter() - begin))
+            step.update()
+            laps.append(time.perf_counter())
+            if is_enough():
+                break
+        return statistics.median(b - a for a, b in pairwise(laps)) if len(laps) > 1 else 0.0
+
+    even = Division.even(run.worker.size, NUM_REPLICAS)
+    # All workers weigh the same numbers, so this is the same on each.
+    play(MOST_WARM, lambda: bool(crew.balance.moves))
+    found, moves = crew.model.division, crew.balance.moves
+    seconds: dict[str, list[float]] = {"on": [], "off": []}
+    for number in range(args.pairs):
+        for name, division in (("on", found), ("off", even))[:: -1 if number % 2 else 1]:
+            crew.balance = type(crew.balance)(wanted=found == even and name == "on")
+            crew.model.divide(division)
+            seconds[name].append(play(BLOCK))
+    return {"moved_after": moves[0].step if moves else 0, "counts": list(found.counts), **seconds}
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--pairs", type=int, default=8, help="blocks of each kind")
+    parser.add_argument("--slow", type=float, nargs="+", default=[1.0, 2.0, 3.0], metavar="X")
+    parser.add_argument("--workload", choices=list(WORKLOADS), default="cnn")
+    parser.add_argument("--store", metavar="FILE.md")
+    args = parser.parse_args()
+    columns = ["the second worker takes", "replicas moved", "balanced", "even", "ratio", "the least there could be"]
+    title = f"Seconds per step, {WORKLOADS[args.workload].title}, {args.workers} workers, {NUM_REPLICAS} replicas"
+    table, where = Table(title, columns), machine()
+    for slow in args.slow:
+        made = functools.partial(main, slow, args)
+        told = samestep.launch(made, replicas=NUM_REPLICAS, workers=args.workers)
+        ratio = ratios(told["on"], told["off"])
+        costs = [slow if rank == 1 else 1.0 for rank in range(args.workers)]
+        best = Division.by_cost(costs, NUM_REPLICAS).seconds(costs)
+        least = best / Division.even(args.workers, NUM_REPLICAS).seconds(costs)
+        moved = f"to {told['counts']} after step {told['moved_after']}" if told["moved_after"] else "no"
+        cells = [spread(told["on"], "{:.4f}"), spread(told["off"], "{:.4f}"), spread(ratio, "{:.2f}"), f"{least:.2f}"]
+        table.rows.append([f"{slow:g} times as long" if slow != 1 else "as long as the other", moved, *cells])
+    table.notes.append(
+        f"Blocks of {BLOCK} steps, one of each kind in turn; a ratio is the median over the pairs."
+    )
+    show([table], where)
+    if args.store:
+        store([table], where, Path(args.store))

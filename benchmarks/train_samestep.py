@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 
 from stopwatch import Stopwatch, tell
 from workloads import WORKLOADS, optimizer_of
@@ -22,10 +21,7 @@ def main(run: samestep.Run, args: argparse.Namespace) -> None:
     num_steps = args.warm + args.steps
     for step in run.steps(data, workload.batch_size, steps=num_steps, drop_last=True):
         for inputs, targets in step:
-            begin = time.perf_counter()
             step.backward(workload.loss(model, inputs, targets))
-            if run.worker.rank == 1:
-                time.sleep((args.slow - 1) * (time.perf_counter() - begin))
         step.update()
         stopwatch.lap(step.loss)
     if run.worker.is_first:
@@ -39,7 +35,6 @@ if __name__ == "__main__":
     parser.add_argument("--warm", type=int, default=4, help="steps before the timed ones")
     parser.add_argument("--steps", type=int, required=True, help="timed steps")
     parser.add_argument("--unverified", action="store_true", help="do not look for flipped bits")
-    parser.add_argument("--slow", type=float, default=1.0, metavar="X", help="the second worker takes X times as long")
     chosen = parser.parse_args()
     if chosen.unverified:
         Integrity.watch = lambda self, wanted=True: None  # type: ignore[method-assign]

@@ -106,20 +106,16 @@ class Crew:
         division = self.model.division
         if not self.balance.is_due or not 1 < self.worker.size < division.num_replicas:
             return
-        before = self.num_regroups
-
-        def tell() -> list[tuple[Any, bytes]]:
-            mine = [*self.balance.mine(), free_bytes(self.worker.device)]
-            return self._calls.meet("run.steps (balance)", "", mine)
-
-        told = [value for value, _ in self.surviving(tell)]
-        if self.num_regroups != before:
-            # What they told was of another division.
+        told = self._told("run.steps (balance)", self.balance.mine)
+        if told is None:
             return
         # All weigh the same numbers, so all come to the same.
         workers = self.group.members if isinstance(self.group, Arena) else range(self.worker.size)
-        move = self.balance.weigh(step, workers, division, [value[:2] for value in told])
-        if move is None or not _fits(self.model.gradient_bytes(move.after), [value[2] for value in told]):
+        move = self.balance.weigh(step, workers, division, told)
+        if move is None:
+            return
+        free = self._told("run.steps (room)", lambda: free_bytes(self.worker.device))
+        if free is None or not _fits(self.model.gradient_bytes(move.after), free):
             return
         try:
             with self.group.mendable():
@@ -131,6 +127,12 @@ class Crew:
         self.balance.made(move)
         if self.worker.is_first:
             self._reporter.note(f"samestep: {move.in_words()}")
+
+    def _told(self, kind: str, make: Callable[[], Any]) -> list[Any] | None:
+        """Return what `make` gives on each worker; None if the work was divided anew meanwhile, so that it is stale."""
+        before = self.num_regroups
+        met = self.surviving(lambda: self._calls.meet(kind, "", make()))
+        return [value for value, _ in met] if self.num_regroups == before else None
 
 
 def _fits(needed: Sequence[int], free: Sequence[int | None]) -> bool:
