@@ -85,9 +85,7 @@ if __name__ == "__main__":
         moved = f"to {told['counts']} after step {told['moved_after']}" if told["moved_after"] else "no"
         cells = [spread(told["on"], "{:.4f}"), spread(told["off"], "{:.4f}"), spread(ratio, "{:.2f}"), f"{least:.2f}"]
         table.rows.append([f"{slow:g} times as long" if slow != 1 else "as long as the other", moved, *cells])
-    table.notes.append(
-        f"Blocks of {BLOCK} steps, one of each kind in turn; a ratio is the median over the pairs."
-    )
+    table.notes.append(f"Blocks of {BLOCK} steps, one of each kind in turn; a ratio is the median over the pairs.")
     show([table], where)
     if args.store:
         store([table], where, Path(args.store))
