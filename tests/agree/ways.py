@@ -19,7 +19,7 @@ WAYS: dict[str, Any] = {
     "synchronous sign, warmed up": samestep.Synchronous(codec=Feedback(Sign(), warm_up=3)),
     "synchronous PowerSGD": samestep.Synchronous(codec=PowerSGD(rank=2)),
     "local average": samestep.Local(every=4),
-    "local DiLoCo": samestep.Local(every=3, outer=samestep.Nesterov(lr=0.7, momentum=0.9)),
+    "local DiLoCo": samestep.Local(every=3, outer=samestep.Nesterov(lr=0.5, momentum=0.5)),
     "local in fragments, 4 bits": samestep.Local(every=5, fragments=3, codec=Int4(block=16)),
     "local warmed up, random-k": samestep.Local(every=4, warm_up=2, codec=Feedback(RandomK(share=0.3))),
     "local FedAdam": samestep.Local(every=2, outer=samestep.Adaptive(lr=0.02)),

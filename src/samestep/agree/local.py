@@ -92,12 +92,11 @@ class LiveLocal(Live):
 
     def __init__(self, *bound: Any):
         super().__init__(*bound)
-        trained, num_replicas = self.model.trained, self.model.num_replicas
-        self._apart = [Apart(t, number, num_replicas, self.group) for number, t in enumerate(trained)]
-        self._codings = [
-            Coding(self.recipe.codec, t, number, num_replicas, self.group, self.model.seed)
-            for number, t in enumerate(trained)
-        ]
+        # Elsewhere what a replica has of its own stays where its worker is.
+        self.can_move = self.group.shares_memory
+        trained, num_replicas = self.model.trained, self.model.division.num_replicas
+        self._apart = [Apart(self.model, number, self.group) for number in range(len(trained))]
+        self._codings = [Coding(self.recipe.codec, self.model, number, self.group) for number in range(len(trained))]
         self._num_bytes = 0
         self.model.buffers.spread(range(num_replicas))
         self.group.exchange(b"")

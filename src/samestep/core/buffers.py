@@ -14,8 +14,8 @@ from typing import Literal
 
 import torch
 
+from samestep.core.division import Division
 from samestep.core.group import Group, align, aligned_zeros
-from samestep.core.worker import run_of
 from samestep.errors import SettingsError
 
 Rule = Literal["mean", "first"]
@@ -79,20 +79,18 @@ class Buffers:
             view.copy_(buffer)
             home[key] = view
             self._placed.append((home, key, view))
-        self._num_replicas = num_replicas
         self._apart = apart
         self._dirty = False
-        self.reseat()
+        self.reseat(Division.even(group.worker.size, num_replicas))
 
-    def reseat(self) -> None:
-        """Let replicas' buffers meet in the group as it is now. Collective."""
-        end, size = self.num_bytes, self._group.worker.size
+    def reseat(self, division: Division) -> None:
+        """Let replicas' buffers meet in the group as it is now, each put there by who plays the replica. Collective."""
+        end = self.num_bytes
         if end:
-            self._meeting = self._group.allocate(end * self._num_replicas, "buffers")
+            self._meeting = self._group.allocate(end * division.num_replicas, "buffers")
             if self._apart:
-                self.own = self._group.allocate(end * self._num_replicas, "own buffers")
-            runs = [run_of(w, size, self._num_replicas) for w in range(size)]
-            self._runs = [range(run.start * end, run.stop * end) for run in runs]
+                self.own = self._group.allocate(end * division.num_replicas, "own buffers")
+            self._runs = [range(run.start * end, run.stop * end) for run in division.runs]
 
     def begin_pass(self) -> None:
         """Remember the buffers that every shard of this pass starts from."""
