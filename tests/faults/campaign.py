@@ -156,7 +156,7 @@ def violations(outcome: Any, listener: Listener, expected: dict[str, Any], num_f
     if listener.steps != sorted(listener.steps):
         wrong.append(f"progress went back: {listener.steps}")
     if len(listener.deaths) > num_faults:
-        wrong.append(f"{len(listener.deaths)} deaths for {num_faults} faults")
+        wrong.append(f"{len(listener.deaths)} deaths for {num_faults} faults: {listener.deaths}"[:600])
     if os.listdir("/proc/self/task") != [str(os.getpid())]:
         wrong.append("a thread is left")
     try:
