@@ -104,7 +104,7 @@ class Listener:
     @property
     def deaths(self) -> list[str]:
         """What was told of deaths."""
-        return [note for note in self.notes if not note.endswith("is back.")]
+        return [n for n in self.notes if not n.endswith("is back.") and "Replicas moved after" not in n]
 
     def frame(self, frame: Any) -> bool:
         if frame.kind == "finished":
