@@ -24,6 +24,7 @@ ALLOWED: dict[tuple[str, str], int] = {}
 fails."""
 
 PUBLIC = [
+    "BudgetError",
     "CheckpointError",
     "DataError",
     "EditedWeightsError",
@@ -36,6 +37,7 @@ PUBLIC = [
     "SettingsError",
     "Step",
     "Synchronous",
+    "UnmaskingError",
     "UsageError",
     "WorkerError",
     "launch",
@@ -51,15 +53,16 @@ ROOMS: dict[str, set[str]] = {
     "storage": set(),
     "core": {"data.split", "storage"},
     "codecs": {"core"},
-    "agree": {"core", "codecs", "storage"},
-    "loop": {"data", "core", "agree", "storage"},
+    "federated": {"core", "data"},
+    "agree": {"core", "codecs", "storage", "federated"},
+    "loop": {"data", "core", "agree", "storage", "federated"},
     "measure": {"core", "agree", "data.split"},
     "jobs": {"data", "core.group", "core.tree"},
     "guarding": set(),
     "launching": {"core.worker", "guarding"},
-    "settings": {"data", "storage", "core", "agree", "loop", "measure", "jobs", "launching"},
+    "settings": {"data", "storage", "core", "federated", "agree", "loop", "measure", "jobs", "launching"},
     "cli": {"settings"},
-    "": {"data", "core", "agree", "loop", "measure", "jobs", "launching", "settings"},
+    "": {"data", "core", "federated", "agree", "loop", "measure", "jobs", "launching", "settings"},
     "__main__": {"cli", "launching", "settings"},
 }
 """Room -> the rooms, or single modules, it may import besides itself and the ground. "" is the package's own face."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from samestep.agree.synchronous import Synchronous
     from samestep.errors import (
+        BudgetError,
         CheckpointError,
         DataError,
         EditedWeightsError,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
         PeerError,
         SamestepError,
         SettingsError,
+        UnmaskingError,
         UsageError,
         WorkerError,
     )
@@ -36,6 +38,7 @@ _HOMES = {
 """Where a name lives, if not among the errors."""
 
 __all__ = [
+    "BudgetError",
     "CheckpointError",
     "DataError",
     "EditedWeightsError",
@@ -48,6 +51,7 @@ __all__ = [
     "SettingsError",
     "Step",
     "Synchronous",
+    "UnmaskingError",
     "UsageError",
     "WorkerError",
     "launch",

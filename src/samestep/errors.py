@@ -57,3 +57,11 @@ class WorkerError(SamestepError, RuntimeError):
 
 class PeerError(SamestepError, ConnectionError):
     """Another worker is gone, so this one cannot go on. Never the first cause."""
+
+
+class UnmaskingError(SamestepError, RuntimeError):
+    """Too few clients of a federated round are left to remove the masks from their sum; nothing of it is known."""
+
+
+class BudgetError(SamestepError, RuntimeError):
+    """The privacy budget is spent: one more round would tell more about a client than was allowed."""
