@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from samestep.agree.federated import Federated
+    from samestep.agree.outer import Adaptive, Average, Momentum, Nesterov
     from samestep.agree.synchronous import Synchronous
     from samestep.errors import (
         BudgetError,
@@ -25,6 +27,11 @@ if TYPE_CHECKING:
         UsageError,
         WorkerError,
     )
+    from samestep.federated.aggregation import Median, NormBound, TrimmedMean, WeightedMean
+    from samestep.federated.clients import Clients
+    from samestep.federated.fixed_point import FixedPoint
+    from samestep.federated.masking import Masking
+    from samestep.federated.privacy import Privacy
     from samestep.loop.run import Run
     from samestep.loop.step import Step
     from samestep.settings import launch
@@ -34,25 +41,51 @@ _HOMES = {
     "Run": "samestep.loop.run",
     "Step": "samestep.loop.step",
     "Synchronous": "samestep.agree.synchronous",
+    "Adaptive": "samestep.agree.outer",
+    "Average": "samestep.agree.outer",
+    "Momentum": "samestep.agree.outer",
+    "Nesterov": "samestep.agree.outer",
+    "Federated": "samestep.agree.federated",
+    "Clients": "samestep.federated.clients",
+    "WeightedMean": "samestep.federated.aggregation",
+    "NormBound": "samestep.federated.aggregation",
+    "TrimmedMean": "samestep.federated.aggregation",
+    "Median": "samestep.federated.aggregation",
+    "Masking": "samestep.federated.masking",
+    "FixedPoint": "samestep.federated.fixed_point",
+    "Privacy": "samestep.federated.privacy",
 }
 """Where a name lives, if not among the errors."""
 
 __all__ = [
+    "Adaptive",
+    "Average",
     "BudgetError",
     "CheckpointError",
+    "Clients",
     "DataError",
     "EditedWeightsError",
+    "Federated",
+    "FixedPoint",
     "IntegrityError",
+    "Masking",
+    "Median",
     "MismatchError",
+    "Momentum",
+    "Nesterov",
     "NonFiniteError",
+    "NormBound",
     "PeerError",
+    "Privacy",
     "Run",
     "SamestepError",
     "SettingsError",
     "Step",
     "Synchronous",
+    "TrimmedMean",
     "UnmaskingError",
     "UsageError",
+    "WeightedMean",
     "WorkerError",
     "launch",
 ]

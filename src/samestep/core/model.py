@@ -46,6 +46,8 @@ class Options:
         verifies: whether memory is looked at for flipped bits.
         outer: makes, of parameters, the optimizer that updates the weights instead of the user's. Where memory is not
             shared, every worker then updates all of them, from all replicas' gradients.
+        fresh: with `outer`, replicas begin every step from the weights and buffers that all have, and keep none of
+            their own; owners update their parts, also where memory is not shared.
     """
 
     num_replicas: int
@@ -55,6 +57,7 @@ class Options:
     read_only: bool = False
     verifies: bool = True
     outer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer] | None = None
+    fresh: bool = False
 
 
 class Trained:
@@ -228,13 +231,12 @@ class Model:
             scripts = [tree.script_of(group.worker.replicas(options.num_replicas), options.num_replicas)]
             factor = 3 + group.worker.size * scripts[0].num_buffers
             check_fits(sum(p.numel() * p.element_size() for p in taken.values()) * factor, "The training state")
-        alone = options.outer is not None and not group.shares_memory
+        keeps = options.outer is not None and not options.fresh
+        alone = keeps and not group.shares_memory
         updating = Solo(Worker(device=group.worker.device)) if alone else group
         self.trained = [Trained(i, o, names, updating, options) for i, o in enumerate(optimizers)]
         self._frozen = self._share_frozen(names, set(taken), group)
-        self.buffers = Buffers(
-            self.modules, group, options.num_replicas, options.buffers, apart=options.outer is not None
-        )
+        self.buffers = Buffers(self.modules, group, options.num_replicas, options.buffers, apart=keeps)
         self._weights = [t.weights for t in self.trained] + self._frozen
         self._held = {id(p) for w in self._weights for p in w.parameters}
         self.guard = self._watch()

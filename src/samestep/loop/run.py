@@ -14,6 +14,7 @@ import torch
 
 from samestep.agree.agreement import Agreement
 from samestep.agree.allowance import Allowance, OnBadSample
+from samestep.agree.federated import LiveFederated
 from samestep.agree.nonfinite import Nonfinite, Tolerance
 from samestep.agree.synchronous import Synchronous
 from samestep.core.buffers import Rule
@@ -22,12 +23,14 @@ from samestep.core.model import Model, Options
 from samestep.core.worker import Worker
 from samestep.data.source import as_source
 from samestep.data.split import schedule
-from samestep.errors import UsageError
+from samestep.errors import SettingsError, UsageError
+from samestep.federated.clients import Clients
 from samestep.loop.evaluation import Evaluation, evaluating
 from samestep.loop.feed import Reading
+from samestep.loop.rounds import Local, begin_rounds
 from samestep.loop.session import Session
 from samestep.loop.step import Step
-from samestep.loop.stepping import Stepping
+from samestep.loop.stepping import Stepping, Walk
 from samestep.storage.checkpoint import load_newest
 from samestep.storage.digest import tensors_digest
 
@@ -134,10 +137,12 @@ class Run:
         """Return the steps over `data`. Called again for the same data, epochs go on counting.
 
         Args:
-            data: a map-style dataset, a list, an array or tensor, or a tuple or dict of arrays or tensors.
-            batch_size: samples per step over all replicas, or a function of the step's number.
+            data: a map-style dataset, a list, an array or tensor, or a tuple or dict of arrays or tensors. Under
+                agree=Federated(...) the Clients.
+            batch_size: samples per step over all replicas, or a function of the step's number. With Clients samples of
+                one local step.
             epochs: how many epochs; or
-            steps: how many steps.
+            steps: how many steps. With Clients: `steps` rounds, in which each goes `epochs` times over its data.
             shuffle: whether each epoch has an order of its own (a function of seed and epoch), or the data's.
             collate: a list of samples -> a batch; torch's default_collate by default.
             loaders: processes per worker that read ahead.
@@ -148,6 +153,14 @@ class Run:
         """
         self.model  # noqa: B018  raises if nothing is replicated
         session = self._session
+        if isinstance(data, Clients) or isinstance(session.agreed, LiveFederated):
+            if callable(batch_size) or loaders or drop_last:
+                raise SettingsError(
+                    "You set batch_size to a function, loaders or drop_last for clients. A client reads its own data "
+                    "when it trains, all of it, in batches of one size; leave these out."
+                )
+            local = Local(batch_size=batch_size, epochs=1 if epochs is None else epochs, shuffle=shuffle, collate=collate)
+            return self._stepping.walk(*begin_rounds(session, data, local, steps))
         source = as_source(data, collate)
         feed = session.feed(data, len(source))
         feed.use_shuffle(shuffle)
@@ -179,7 +192,7 @@ class Run:
             skip_bad=session.agreed.allowance.skips,
         )
         session.plan(len(source), batch_size, epochs, steps)
-        return self._stepping.walk(feed, source, slices, reading)
+        return self._stepping.walk(Walk(feed, source, reading), slices)
 
     def mean(self, fn: Callable[[Any], Any], data: Any, batch_size: int, collate: Any = None) -> Any:
         """Return the mean of `fn` over all samples of `data`: each once, same bits for every number of workers.

@@ -256,7 +256,7 @@ class Step:
         if clip_norm is not None and not clip_norm > 0:
             raise UsageError(f"You set clip_norm={clip_norm}; it must be above 0.")
         choices = Choices(where=where, optimizer=optimizer, clip_norm=clip_norm, scaler=scaler, transform=transform)
-        if self.pass_ == 0 and self._shards is not None:
+        if self.pass_ == 0 and self._shards:
             # Told to all: what a worker has read must not be lost with it.
             self._part.read = count_read(self.epoch, self._shards)
         self._outcome = self._driver.update(self, self._part, choices)
