@@ -25,7 +25,7 @@ from samestep.agree.meeting import Meeting, Outcome, Part, Request, absent_of, p
 from samestep.agree.outer import Average, Outer
 from samestep.agree.pooling import Noisy, Pool, Rows, Tree, Words
 from samestep.agree.round import check_apart
-from samestep.core.model import Options
+from samestep.core.model import Options, Trained
 from samestep.core.worker import Wish
 from samestep.errors import SettingsError, UsageError
 from samestep.federated.aggregation import Aggregation, WeightedMean
@@ -69,7 +69,9 @@ class Federated(Agreement):
         if isinstance(self.clients, Sized):
             object.__setattr__(self, "clients", len(self.clients))
         if not isinstance(self.clients, int) or isinstance(self.clients, bool) or self.clients < 1:
-            raise SettingsError(f"You set Federated(clients={self.clients!r}); give the Clients, or how many there are.")
+            raise SettingsError(
+                f"You set Federated(clients={self.clients!r}); give the Clients, or how many there are."
+            )
         num_sampled(self.sample, self.clients)
         for name, good, words in (
             ("proximal", self.proximal >= 0, "0 or more"),
@@ -122,6 +124,11 @@ class Federated(Agreement):
         """The most clients that a round can have."""
         return self.num_clients if self.is_poisson else num_sampled(self.sample, self.num_clients)
 
+    @property
+    def expects_finite(self) -> bool:
+        """Whether a client whose update is not finite is an error; else it is left out."""
+        return type(self.aggregate) is WeightedMean and self.privacy is None
+
     def cohort(self, number: int, seed: int, lengths: Sequence[int], epochs: int) -> Cohort:
         """Return the clients of a round.
 
@@ -149,9 +156,7 @@ class Federated(Agreement):
         )
 
     def prepare(self, options: Options) -> Options:
-        return replace(
-            options, num_replicas=self.num_leaves, outer=self.outer.make, many_arrivals=True, fresh=True
-        )
+        return replace(options, num_replicas=self.num_leaves, outer=self.outer.make, many_arrivals=True, fresh=True)
 
     def bind(self, model, group, calls, clock, tolerance=None, allowance=None) -> LiveFederated:
         if len(model.trained) > 1:
@@ -175,9 +180,10 @@ class LiveFederated(Live):
                 f"samples that are all read. Leave bad samples out of the clients' data."
             )
         self._num_rounds = 0
-        self._cohort: Cohort | None = None
+        self._cohort = Cohort(seed=0, number=-1, samples={}, lost=frozenset(), num_leaves=1)
         self._bad: list[list[int]] = []
-        self._seat()
+        self._difference: Difference = []
+        self.reseat()
 
     @property
     def leaves(self) -> range:
@@ -198,7 +204,6 @@ class LiveFederated(Live):
         self._cohort = cohort
 
     def begin_pass(self) -> None:
-        assert self._cohort is not None
         self._guest.leave()
         self.model.trained[0].gradients.begin_pass()
         self.model.buffers.begin_pass()
@@ -207,7 +212,7 @@ class LiveFederated(Live):
 
     def begin_shard(self, index: int, replica: int) -> None:
         self.model.trained[0].gradients.begin_shard(index)
-        if self._client_of(replica) is not None:
+        if replica in self._cohort.client_of:
             self._guest.enter()
 
     def end_batch(self) -> None:
@@ -219,15 +224,17 @@ class LiveFederated(Live):
         self._guest.leave()
 
     def end_shard(self, replica: int) -> None:
-        client = self._client_of(replica)
+        client = self._cohort.client_of.get(replica)
         if client is not None:
-            self._give(replica, client, self._difference)
+            factor, bad = _factor_of(self.recipe, replica, self._difference)
+            self._bad += bad
+            self._pool.add(replica, client, self._difference, factor)
             self._difference = []
         self.model.trained[0].gradients.end_shard()
 
     def update(self, request: Request, part: Part) -> Outcome:
         trained, integrity, recipe = self.model.trained[0], self.model.integrity, self.recipe
-        self._check(request)
+        _check(recipe, request, trained)
         if self.group.worker.is_first and integrity.is_due:
             self.calls.ask(Wish.VERIFY)
         presence = trained.gradients.presence()
@@ -243,7 +250,7 @@ class LiveFederated(Live):
             # Nobody delivered. With privacy this must not be seen, and there is noise to add.
             self.model.buffers.restore()
             return met.outcome(None, skipped=True)
-        losses = met.losses if self._expects_finite else []
+        losses = met.losses if recipe.expects_finite else []
         problem = problem_of(request, trained, losses, [one for found in met.own for one in found])
         if problem is not None:
             self.tolerance.check(request.optimizer, problem.words, problem.advice)
@@ -251,12 +258,9 @@ class LiveFederated(Live):
         else:
             self._pool.meet()
             self.model.buffers.merge(met.samples, met.changed)
-            self._commit(request, met)
+            _commit(self, self._pool, request, met)
         integrity.updated(self.calls.heard(Wish.VERIFY) or self.calls.stands(Wish.SNAPSHOT))
         return met.outcome(None, problem is not None, problem.words if problem is not None else "")
-
-    def reseat(self) -> None:
-        self._seat()
 
     def state(self) -> tuple[dict[str, torch.Tensor], Any]:
         return {}, {"rounds": self._num_rounds}
@@ -275,11 +279,10 @@ class LiveFederated(Live):
             found["privacy"] = f"epsilon {epsilon:.4g} at delta {privacy.delta:g}, for one client's whole data"
         return found
 
-    def _seat(self) -> None:
-        """Make room for a client, and where updates come together, in the group as it is now. Collective."""
+    def reseat(self) -> None:
+        # Room for a client, and where updates come together, in the group as it is now.
         recipe, trained = self.recipe, self.model.trained[0]
         self._guest = Guest(trained, recipe.proximal)
-        self._difference: Difference = []
         pool: Pool = Tree(trained)
         if recipe.secure is not None:
             pool = Words(trained, self.group, recipe.secure)
@@ -289,51 +292,44 @@ class LiveFederated(Live):
             pool = Noisy(pool, trained, self.group.worker.rank, recipe.privacy)
         self._pool = pool
 
-    @property
-    def _expects_finite(self) -> bool:
-        """Whether a client whose update is not finite is an error; else it is left out."""
-        return type(self.recipe.aggregate) is WeightedMean and self.recipe.privacy is None
 
-    def _client_of(self, leaf: int) -> int | None:
-        assert self._cohort is not None
-        return self._cohort.client_of.get(leaf)
+def _factor_of(recipe: Federated, leaf: int, update: Difference) -> tuple[float, list[list[int]]]:
+    """Return what a client's update is multiplied by, and what is wrong with it: see `meeting.problem_of`."""
+    known = [(index, flat) for index, flat in enumerate(update) if flat is not None]
+    if not recipe.expects_finite:
+        prepare = recipe.privacy or recipe.aggregate
+        return prepare.prepare([flat for _, flat in known]), []
+    sizes = torch._foreach_norm([flat for _, flat in known])
+    if math.isfinite(sum(float(size) for size in sizes)):
+        return 1.0, []
+    bad = [index for index, flat in known if not bool(torch.isfinite(flat).all())]
+    return (0.0, [[leaf, bad[0], bad[-1], len(bad)]]) if bad else (1.0, [])
 
-    def _give(self, leaf: int, client: int, update: Difference) -> None:
-        known = [(index, flat) for index, flat in enumerate(update) if flat is not None]
-        factor = 1.0
-        if self._expects_finite:
-            sizes = torch._foreach_norm([flat for _, flat in known])
-            if not math.isfinite(sum(float(size) for size in sizes)):
-                bad = [index for index, flat in known if not bool(torch.isfinite(flat).all())]
-                self._bad += [[leaf, bad[0], bad[-1], len(bad)]] if bad else []
-                factor = 0.0 if bad else 1.0
-        else:
-            prepare = self.recipe.privacy or self.recipe.aggregate
-            factor = prepare.prepare([flat for _, flat in known])
-        self._pool.add(leaf, client, update, factor)
 
-    def _commit(self, request: Request, met: Meeting) -> None:
-        trained = self.model.trained[0]
-        self.model.guard.open()
-        trained.update.apply(self._pool, absent_of(met.frames, trained), 1.0)
-        trained.weights.share(self.group)
-        notice = trained.update.notice()
-        frame = b"" if notice is None else wire.pack(notice)
-        told = self.calls.meet("step.update (commit)", request.where, None, frame)
-        self.clock.to("update")
-        trained.update.settle([wire.unpack(frame) if frame else None for _, frame in told])
-        self.model.guard.accept_update()
+def _commit(live: LiveFederated, pool: Pool, request: Request, met: Meeting) -> None:
+    """Let owners update their parts of the weights. Collective."""
+    trained = live.model.trained[0]
+    live.model.guard.open()
+    trained.update.apply(pool, absent_of(met.frames, trained), 1.0)
+    trained.weights.share(live.group)
+    notice = trained.update.notice()
+    frame = b"" if notice is None else wire.pack(notice)
+    told = live.calls.meet("step.update (commit)", request.where, None, frame)
+    live.clock.to("update")
+    trained.update.settle([wire.unpack(frame) if frame else None for _, frame in told])
+    live.model.guard.accept_update()
 
-    def _check(self, request: Request) -> None:
-        """Refuse what clients that step by themselves cannot do.
 
-        Raises:
-            UsageError: clipping or a transform after the fact; or what `check_apart` says.
-        """
-        check_apart(self.recipe, request, self.model.trained[0])
-        if request.clip_norm is not None or request.transform is not None:
-            raise UsageError(
-                f"You gave step.update clip_norm or transform at {request.where} under agree=Federated(...): the "
-                f"clients have stepped by then. Change their gradients in the loop, after step.backward(loss): "
-                f"torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)."
-            )
+def _check(recipe: Federated, request: Request, trained: Trained) -> None:
+    """Refuse what clients that step by themselves cannot do.
+
+    Raises:
+        UsageError: clipping or a transform after the fact; or what `check_apart` says.
+    """
+    check_apart(recipe, request, trained)
+    if request.clip_norm is not None or request.transform is not None:
+        raise UsageError(
+            f"You gave step.update clip_norm or transform at {request.where} under agree=Federated(...): the clients "
+            f"have stepped by then. Change their gradients in the loop, after step.backward(loss): "
+            f"torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)."
+        )

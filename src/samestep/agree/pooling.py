@@ -232,7 +232,8 @@ class Noisy(Pool):
         self._pool.meet()
 
     def chunk(self, index: int, absent: Any, factor: float) -> Sums:
-        cohort, weights, noisy = self._cohort, self._trained.weights, []
+        cohort, weights = self._cohort, self._trained.weights
+        noisy: list[torch.Tensor | None] = []
         for piece, flat in zip(self._chunks[index], self._pool.chunk(index, absent, factor), strict=True):
             parameter, view = weights.parameters[piece.parameter], weights.views[piece.parameter]
             if not parameter.requires_grad:

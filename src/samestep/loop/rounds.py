@@ -23,7 +23,7 @@ from samestep.agree.federated import LiveFederated
 from samestep.agree.meeting import Part
 from samestep.core.calls import line_of_user
 from samestep.core.randomness import key, seed_sample, seed_shard, seed_step
-from samestep.data.permutation import Identity, Permutation
+from samestep.data.mixing import GOLDEN, mix
 from samestep.data.proof import Proof, SampleCount
 from samestep.data.shard import Request, Shard, shards_of
 from samestep.data.source import SeedSample, Source, as_source
@@ -201,17 +201,22 @@ class ClientWalk:
             seed_sample(seed, epoch, offset + sample)
 
         for epoch in range(self.local.epochs):
-            order = Identity(num_samples)
+            order = np.arange(num_samples)
             if self.local.shuffle:
-                order = Permutation(num_samples, key(_ORDER, self._seed, number, client, epoch))
+                # Clients are small: sorting is cheaper than a permutation that knows any part of itself.
+                drawn = mix(order.astype(np.uint64) * np.uint64(GOLDEN) + np.uint64(self._key(number, client, epoch)))
+                order = np.argsort(drawn, kind="stable")
             for start in range(0, num_samples, self.local.batch_size):
-                ids = order.ids(start, min(start + self.local.batch_size, num_samples))
+                ids = order[start : start + self.local.batch_size]
                 try:
                     (shard,) = shards_of(Request(place_of(number, epoch), (ids,)), source, self._seed, seed_own)
                 except DataError as error:
                     raise DataError(f"Client {client}: {error}") from error.__cause__
                 assert shard is not None
                 yield epoch, offset + shard.ids, on_device(shard.batch, device)
+
+    def _key(self, number: int, client: int, epoch: int) -> int:
+        return key(_ORDER, self._seed, number, client, epoch)
 
 
 def begin_rounds(session: Session, clients: Any, local: Local, steps: int | None) -> tuple[ClientWalk, Iterator[Slice]]:

@@ -159,7 +159,9 @@ class Run:
                     "You set batch_size to a function, loaders or drop_last for clients. A client reads its own data "
                     "when it trains, all of it, in batches of one size; leave these out."
                 )
-            local = Local(batch_size=batch_size, epochs=1 if epochs is None else epochs, shuffle=shuffle, collate=collate)
+            local = Local(
+                batch_size=batch_size, epochs=1 if epochs is None else epochs, shuffle=shuffle, collate=collate
+            )
             return self._stepping.walk(*begin_rounds(session, data, local, steps))
         source = as_source(data, collate)
         feed = session.feed(data, len(source))
