@@ -1,4 +1,4 @@
-"""What it costs to look for flipped bits: ways to fold memory, and whole steps with and without.
+"""What it costs to look for flipped bits and wrong gradients: ways to fold memory, and whole steps with and without.
 
 python benchmarks/integrity.py
 python benchmarks/integrity.py --rounds 9 --workloads cnn gpt --store docs/measured/integrity.md
@@ -80,16 +80,15 @@ def entrant(title: str, num_workers: int, *options: str) -> Contestant:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--scale", type=float, default=2.0, help="factor on the number of timed steps")
-    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
-    parser.add_argument("--store", metavar="FILE.md")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    where = machine()
+def in_turn_with(entrants: dict[str, Contestant], name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the contestants measured on a workload."""
+    num_steps = str(max(2, round(WORKLOADS[name].num_steps * args.scale)))
+    arguments = ("--workload", name, "--warm", str(NUM_WARM), "--steps", num_steps)
+    return in_turn(entrants, args.rounds, WORKLOADS[name].title, arguments)
+
+
+def flips(args: argparse.Namespace) -> Table:
+    """Whole steps, with the memory looked at and without."""
     entrants = {
         "on": entrant("verified", args.workers),
         "off": entrant("not verified", args.workers, "--unverified"),
@@ -97,9 +96,7 @@ def main() -> None:
     columns = ["workload", "verified", "not", "ratio", "updates verified", "own time of a worker"]
     table = Table("Seconds per step, looking for flipped bits", columns)
     for name in args.workloads:
-        num_steps = str(max(2, round(WORKLOADS[name].num_steps * args.scale)))
-        arguments = ("--workload", name, "--warm", str(NUM_WARM), "--steps", num_steps)
-        facts = in_turn(entrants, args.rounds, WORKLOADS[name].title, arguments)
+        facts = in_turn_with(entrants, name, args)
         on, off = of(facts["on"], "seconds_per_step"), of(facts["off"], "seconds_per_step")
         watched = statistics.median(f["updates_verified"] / f["updates"] for f in facts["on"])
         own = [f["verify_seconds"] / (f["updates"] * f["seconds_per_step"]) for f in facts["on"]]
@@ -109,7 +106,41 @@ def main() -> None:
         table.rows.append([title, *forms, *shares])
     table.notes.append("A ratio is the median of the ratios within each round, because machines drift.")
     table.notes.append("Own time: that of the first worker's thread, also where it spins in a meeting; aim 1 %.")
-    tables = [folds(4 * args.rounds), table]
+    return table
+
+
+def audits(args: argparse.Namespace) -> Table:
+    """Whole steps, with one shard computed by a second worker in each, and in none."""
+    entrants = {
+        "on": entrant("audited", args.workers, "--audit", "1"),
+        "off": entrant("not audited", args.workers),
+    }
+    columns = ["workload", "audit=1", "none", "ratio", "at 1/64, computed"]
+    table = Table("Seconds per step, one of 8 shards computed twice", columns)
+    for name in args.workloads:
+        facts = in_turn_with(entrants, name, args)
+        on, off = of(facts["on"], "seconds_per_step"), of(facts["off"], "seconds_per_step")
+        share = (statistics.median(ratios(on, off)) - 1) / 64
+        forms = (spread(on, "{:.4f}"), spread(off, "{:.4f}"), spread(ratios(on, off), "{:.3f}"))
+        table.rows.append([WORKLOADS[name].title, *forms, f"{100 * share:+.2f} %"])
+    table.notes.append("A ratio is the median of the ratios within each round, because machines drift.")
+    table.notes.append("The others wait while one worker plays a shard more.")
+    return table
+
+
+def main() -> None:
+    makers = {"folds": lambda args: folds(4 * args.rounds), "flips": flips, "audits": audits}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--scale", type=float, default=2.0, help="factor on the number of timed steps")
+    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--tables", nargs="+", choices=list(makers), default=list(makers))
+    parser.add_argument("--store", metavar="FILE.md")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    where = machine()
+    tables = [makers[name](args) for name in args.tables]
     show(tables, where)
     if args.store:
         store(tables, where, Path(args.store))

@@ -17,7 +17,7 @@ def main(run: samestep.Run, args: argparse.Namespace) -> None:
     data = workload.data()
     model = workload.model()
     optimizer = optimizer_of(model)
-    run.replicate(model, optimizer)
+    run.replicate(model, optimizer, audit=args.audit)
     num_steps = args.warm + args.steps
     for step in run.steps(data, workload.batch_size, steps=num_steps, drop_last=True):
         for inputs, targets in step:
@@ -35,6 +35,7 @@ if __name__ == "__main__":
     parser.add_argument("--warm", type=int, default=4, help="steps before the timed ones")
     parser.add_argument("--steps", type=int, required=True, help="timed steps")
     parser.add_argument("--unverified", action="store_true", help="do not look for flipped bits")
+    parser.add_argument("--audit", type=float, default=0, help="share of updates in which a shard is computed twice")
     chosen = parser.parse_args()
     if chosen.unverified:
         Integrity.watch = lambda self, wanted=True: None  # type: ignore[method-assign]

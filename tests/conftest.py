@@ -16,8 +16,8 @@ import torch
 import samestep.errors
 
 _SOURCE = str(Path(samestep.errors.__file__).parents[1])
-_LAWS = str(Path(__file__).with_name("laws"))
-sys.path.append(_LAWS)
+_SCRIPTS = [str(Path(__file__).with_name(name)) for name in ("laws", "agree")]
+sys.path.extend(_SCRIPTS)
 _SINGLE = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 
@@ -37,7 +37,7 @@ class Fleet:
 
     def __init__(self) -> None:
         script = Path(__file__).with_name("group_fleet.py")
-        path = os.pathsep.join([_SOURCE, _LAWS, os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join([_SOURCE, *_SCRIPTS, os.environ.get("PYTHONPATH", "")])
         self._process = subprocess.Popen(
             [sys.executable, str(script)],
             stdin=subprocess.PIPE,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from samestep.agree.federated import Federated
+    from samestep.agree.local import Local
     from samestep.agree.outer import Adaptive, Average, Momentum, Nesterov
     from samestep.agree.synchronous import Synchronous
     from samestep.errors import (
@@ -37,14 +38,15 @@ if TYPE_CHECKING:
     from samestep.settings import launch
 
 _HOMES = {
+    "Adaptive": "samestep.agree.outer",
+    "Average": "samestep.agree.outer",
+    "Local": "samestep.agree.local",
+    "Momentum": "samestep.agree.outer",
+    "Nesterov": "samestep.agree.outer",
     "launch": "samestep.settings",
     "Run": "samestep.loop.run",
     "Step": "samestep.loop.step",
     "Synchronous": "samestep.agree.synchronous",
-    "Adaptive": "samestep.agree.outer",
-    "Average": "samestep.agree.outer",
-    "Momentum": "samestep.agree.outer",
-    "Nesterov": "samestep.agree.outer",
     "Federated": "samestep.agree.federated",
     "Clients": "samestep.federated.clients",
     "WeightedMean": "samestep.federated.aggregation",
@@ -56,6 +58,8 @@ _HOMES = {
     "Privacy": "samestep.federated.privacy",
 }
 """Where a name lives, if not among the errors."""
+_ROOMS = ("codecs",)
+"""Rooms whose names are used with theirs: samestep.codecs.Int8."""
 
 __all__ = [
     "Adaptive",
@@ -68,6 +72,7 @@ __all__ = [
     "Federated",
     "FixedPoint",
     "IntegrityError",
+    "Local",
     "Masking",
     "Median",
     "MismatchError",
@@ -92,10 +97,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"samestep.{name}")
     if name not in __all__:
         raise AttributeError(f"module 'samestep' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES.get(name, "samestep.errors")), name)
 
 
 def __dir__() -> list[str]:
-    return [*__all__]
+    return [*__all__, *_ROOMS]

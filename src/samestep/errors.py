@@ -32,7 +32,7 @@ class EditedWeightsError(SamestepError, RuntimeError):
 
 
 class IntegrityError(SamestepError, RuntimeError):
-    """Memory that must not change has changed: a flipped bit, or a stray write."""
+    """Memory that must not change has changed (a flipped bit, a stray write), or a worker has computed wrong."""
 
 
 class CheckpointError(SamestepError, RuntimeError):

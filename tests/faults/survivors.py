@@ -36,6 +36,7 @@ class Case:
         returns: workers to wait for before the run may end.
         optimizer: what is trained with.
         loaders: processes that read ahead.
+        audit: share of updates in which one shard is computed twice.
     """
 
     workers: int
@@ -43,6 +44,7 @@ class Case:
     returns: int = 0
     optimizer: str = "AdamW"
     loaders: int = 0
+    audit: float = 0
 
 
 CASES = (
@@ -59,6 +61,7 @@ CASES = (
     Case(2, ((0, 3, "shard"),), 1, "Adafactor"),
     Case(3, ((1, 3, "shard"),), 1, "Odd"),
     Case(2, ((1, 3, "shard"),), 1, "AdamW", 2),
+    Case(3, ((1, 3, "shard"), (0, 6, "shard")), audit=1),
 )
 """What the suite plays. "Odd" is an optimizer that samestep does not know, and that looks at all tensors at once."""
 
@@ -113,7 +116,7 @@ def trained(case: Case, board: Board, run: Any) -> dict[str, Any]:
     average = nn.Linear(300, 3)
     optimizer = optimizer_of(case.optimizer, model)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.97)
-    run.replicate(model, optimizer, scheduler, average)
+    run.replicate(model, optimizer, scheduler, average, audit=case.audit)
     losses, noise, number = [], 0.0, 0
 
     def die(place: str) -> None:

@@ -26,7 +26,7 @@ def lines_of(environment, *arguments):
 def test_deaths_at_chosen_places_change_no_bit(clean_environment):
     cases, ended = lines_of(clean_environment)
     assert not [case for case in cases if case["wrong"]], ended.stderr
-    assert len(cases) >= 13 and ended.returncode == 0, ended.stderr
+    assert len(cases) >= 14 and ended.returncode == 0, ended.stderr
 
 
 def test_bugs_planted_in_going_on_are_found(clean_environment):

@@ -159,3 +159,14 @@ def test_a_flipped_bit_is_told_in_its_own_words():
         verdict.failed(Failure.of(IntegrityError("A bit flipped."), rank))
     outcome = verdict.outcome()
     assert outcome.died == "A bit flipped." and outcome.error == "IntegrityError: A bit flipped."
+
+
+def test_the_same_error_is_the_same_in_another_process():
+    errors = []
+    for pid in (311, 40_017):
+        verdict = Verdict(2)
+        verdict.failed(Failure.of(IntegrityError(f"Worker 1 (host a, pid {pid}, cpu) computes wrong."), 1))
+        outcome = verdict.outcome()
+        assert outcome.died is not None and f"pid {pid}" in outcome.died
+        errors.append(outcome.error)
+    assert errors[0] == errors[1] and "Worker 1" in errors[0]

@@ -26,6 +26,7 @@ from test_samples import assert_each_exactly_once
 from zoo import MODELS, classes_loss, vectors
 
 import samestep.agree.meeting as meeting
+import samestep.agree.reduction as reduction
 import samestep.agree.synchronous as synchronous
 import samestep.core.element_update as element_update
 import samestep.core.finite as finite
@@ -412,7 +413,7 @@ FAULTS = {
     "randomness: shards are not seeded": Fault(step_module, "seed_shard", nothing, same_bits("convolutional", "sgd")),
     "randomness: replicas draw the same": Fault(randomness, "key", without_replica, shards_draw_numbers_of_their_own),
     "randomness: transforms depend on the owner": Fault(
-        synchronous, "seed_transform", nothing, same_bits_of("transformed")
+        reduction, "seed_transform", nothing, same_bits_of("transformed")
     ),
     "randomness: the rest of a step is not seeded": Fault(
         step_module, "seed_step", nothing, same_bits_of("epochs_one_by_one")
@@ -450,9 +451,7 @@ FAULTS = {
     "nonfinite: large gradients are not told": Fault(
         finite.Finite, "_look_closer", large_is_forgotten, sums_are_looked_at
     ),
-    "nonfinite: owners do not look at sums": Fault(
-        synchronous.LiveSynchronous, "_overflow", nothing, sums_are_looked_at
-    ),
+    "nonfinite: owners do not look at sums": Fault(reduction.Reduction, "_overflow", nothing, sums_are_looked_at),
     "nonfinite: what was seen is not forgotten": Fault(finite.Finite, "begin_pass", nothing, same_bits_if_skipped),
     "nonfinite: buffers of a skipped update stay": Fault(Buffers, "restore", nothing, same_bits_if_skipped),
     "alignment: inputs stay where they are": Fault(source, "aligned", lambda old: lambda tensor: tensor, aligned),
@@ -475,8 +474,8 @@ FAULTS = {
     "optimizer: one that looks at tensors is taken by elements": Fault(
         core_model, "kind_of", lambda old: lambda o: core_model.Kind("element"), same_bits("perceptron", "adafactor")
     ),
-    "clip: the norm is wrong": Fault(synchronous, "block_squares", norm_of_squares, partial(big_batch, clip_norm=0.5)),
-    "clip: the norm depends on owners": Fault(synchronous, "block_squares", whole_runs, same_bits_of("clipped")),
+    "clip: the norm is wrong": Fault(reduction, "block_squares", norm_of_squares, partial(big_batch, clip_norm=0.5)),
+    "clip: the norm depends on owners": Fault(reduction, "block_squares", whole_runs, same_bits_of("clipped")),
     "evaluation: a mean of means": Fault(evaluation, "_sum", batches_weigh_alike, evaluated),
     "evaluation: a batch is left out": Fault(evaluation.Evaluation, "__init__", drops_last_batch, evaluated),
     "evaluation: the mode stays": Fault(

@@ -131,3 +131,10 @@ def test_it_tells_how_many_updates_were_looked_at():
     facts = {**FACTS, "updates": 3000, "updates_verified": 2934}
     assert "no bit flipped before 2,934 of 3,000 updates" in shown(facts)
     assert "memory checks" not in shown({**facts, "updates_verified": 0}) and "memory checks" not in shown(FACTS)
+
+
+def test_it_tells_how_many_shards_were_audited():
+    facts = {**FACTS, "workers": 2, "audited": 1_047}
+    assert "1,047 shards were computed by two workers, with the same bits" in shown(facts)
+    assert "1 shard was computed twice" in shown({**facts, "workers": 1, "audited": 1})
+    assert "audits" not in shown({**facts, "audited": 0}) and "audits" not in shown(FACTS)

@@ -31,7 +31,7 @@ class Apart:
         owns: what each replica has of its own; where memory is not shared, of those played here.
     """
 
-    def __init__(self, trained: Trained, number: int, num_replicas: int, group: Group, has_residual: bool = False):
+    def __init__(self, trained: Trained, number: int, num_replicas: int, group: Group):
         """Start all from the weights as they are. Collective.
 
         Args:
@@ -39,15 +39,12 @@ class Apart:
             number: of the optimizer in the run.
             num_replicas: number of replicas.
             group: the workers.
-            has_residual: whether compression leaves something out.
         """
         self.trained = trained
         self._group = group
         self._num_replicas = num_replicas
         known = range(num_replicas) if group.shares_memory else self.mine
-        self.owns = {
-            r: Own(trained, r, _player(group, num_replicas, r), group, str(number), has_residual) for r in known
-        }
+        self.owns = {r: Own(trained, r, _player(group, num_replicas, r), group, str(number)) for r in known}
         self._held: dict[int, Gradients] = {}
         group.exchange(b"")
 

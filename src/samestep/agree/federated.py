@@ -156,7 +156,7 @@ class Federated(Agreement):
         )
 
     def prepare(self, options: Options) -> Options:
-        return replace(options, num_replicas=self.num_leaves, outer=self.outer.make, many_arrivals=True, fresh=True)
+        return replace(options, num_replicas=self.num_leaves, outer=self.outer.make, many_arrivals=True)
 
     def bind(self, model, group, calls, clock, tolerance=None, allowance=None) -> LiveFederated:
         if len(model.trained) > 1:

@@ -24,9 +24,11 @@ import torch
 
 from samestep.agree.agreement import Agreement, Live
 from samestep.agree.apart import Apart
+from samestep.agree.coding import Coding
 from samestep.agree.meeting import Meeting, Outcome, Part, Request, problem_of, terms_of
 from samestep.agree.outer import Average, Outer
 from samestep.agree.round import check_apart, mean_norm, reach
+from samestep.codecs import Codec, Exact
 from samestep.core.calls import line_of_user
 from samestep.core.model import Options
 from samestep.core.worker import Wish
@@ -45,12 +47,14 @@ class Local(Agreement):
         outer: what becomes of the mean of what replicas did.
         warm_up: so many first steps each end with a round (post-local SGD: Lin et al. 2020).
         fragments: parts of the model, about equally large, that meet at different steps, each `every` steps.
+        codec: how what each replica did is compressed, with error feedback where that leaves something out.
     """
 
     every: int = 64
     outer: Outer = field(default_factory=Average)
     warm_up: int = 0
     fragments: int = 1
+    codec: Codec = field(default_factory=Exact)
 
     def __post_init__(self) -> None:
         for name, least in (("every", 1), ("warm_up", 0), ("fragments", 1)):
@@ -64,9 +68,11 @@ class Local(Agreement):
             )
         if not isinstance(self.outer, Outer):
             raise SettingsError(f"You set Local(outer={self.outer!r}); use Average(), Nesterov(lr=0.7), or alike.")
+        if not isinstance(self.codec, Codec):
+            raise SettingsError(f"You set Local(codec={self.codec!r}); use samestep.codecs.Int8() or alike.")
 
     def prepare(self, options: Options) -> Options:
-        return replace(options, outer=self.outer.make, many_arrivals=True)
+        return replace(options, outer=self.outer.make, many_arrivals=True, apart=True, all_update=True)
 
     def bind(self, model, group, calls, clock, tolerance=None, allowance=None) -> LiveLocal:
         return LiveLocal(self, model, group, calls, clock, tolerance, allowance)
@@ -88,6 +94,11 @@ class LiveLocal(Live):
         super().__init__(*bound)
         trained, num_replicas = self.model.trained, self.model.num_replicas
         self._apart = [Apart(t, number, num_replicas, self.group) for number, t in enumerate(trained)]
+        self._codings = [
+            Coding(self.recipe.codec, t, number, num_replicas, self.group, self.model.seed)
+            for number, t in enumerate(trained)
+        ]
+        self._num_bytes = 0
         self.model.buffers.spread(range(num_replicas))
         self.group.exchange(b"")
         self._fragments = [_cut([v.numel() for v in t.weights.views], self.recipe.fragments) for t in trained]
@@ -160,8 +171,9 @@ class LiveLocal(Live):
         self.model.buffers.spread(self._apart[0].mine)
 
     def reseat(self) -> None:
-        for apart in self._apart:
+        for apart, coding in zip(self._apart, self._codings, strict=True):
             apart.reseat()
+            coding.reseat()
 
     def state(self) -> tuple[dict[str, torch.Tensor], Any]:
         tensors: dict[str, torch.Tensor] = {}
@@ -170,17 +182,22 @@ class LiveLocal(Live):
             own, of_own = apart.state()
             tensors |= {f"{index}.{name}": tensor for name, tensor in own.items()}
             numbers.append(of_own)
+            tensors |= {f"codec.{index}.{name}": tensor for name, tensor in self._codings[index].state().items()}
         self.model.buffers.gather_own()
         if self.model.buffers.own is not None:
             tensors["buffers"] = self.model.buffers.own
         since = [[list(map(list, items.items())) for items in ones] for ones in self._since]
-        return tensors, {"updates": self._updates, "rounds": self._num_rounds, "since": since, "numbers": numbers}
+        counts = {"updates": self._updates, "rounds": self._num_rounds, "bytes": self._num_bytes}
+        return tensors, {**counts, "since": since, "numbers": numbers}
 
     def load(self, tensors: Mapping[str, torch.Tensor], values: Any) -> None:
         for index, apart in enumerate(self._apart):
             prefix = f"{index}."
             own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
             apart.load(own, values["numbers"][index] if values is not None else ())
+            if self.group.worker.is_first or not self.group.shares_memory:
+                kept = f"codec.{index}."
+                self._codings[index].load({n.removeprefix(kept): t for n, t in tensors.items() if n.startswith(kept)})
         self.group.exchange(b"")
         if values is None:
             self.spread()
@@ -197,10 +214,10 @@ class LiveLocal(Live):
             apart.take_over(numbers)
 
     def facts(self) -> dict[str, Any]:
-        return {"agreement": repr(self.recipe), "rounds": self._num_rounds}
+        return {"agreement": repr(self.recipe), "rounds": self._num_rounds, "bytes_per_replica": self._num_bytes}
 
     def _count(self, values: Any) -> None:
-        self._updates, self._num_rounds = list(values["updates"]), values["rounds"]
+        self._updates, self._num_rounds, self._num_bytes = list(values["updates"]), values["rounds"], values["bytes"]
         self._since = [[dict(items) for items in ones] for ones in values["since"]]
 
     def _step(self, apart: Apart, request: Request, met: Meeting, norms: Mapping[int, float]) -> None:
@@ -230,7 +247,9 @@ class LiveLocal(Live):
             total = math.fsum(items.values())
             shares = {replica: count / total for replica, count in sorted(items.items()) if count}
             chosen = self._fragments[index][fragment]
-            reach(self, apart, chosen, shares, where)
+            coding, number = self._codings[index], self._updates[index]
+            reach(self, apart, coding, number, chosen, shares, where)
+            self._num_bytes += coding.num_bytes(number, chosen)
             apart.begin(apart.mine, chosen)
             self._since[index][fragment] = {}
         self._num_rounds += 1

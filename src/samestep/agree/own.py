@@ -1,4 +1,4 @@
-"""What one replica has of its own where replicas train by themselves: weights, an optimizer with its state, a residual.
+"""What one replica has of its own where replicas train by themselves: weights, and an optimizer with its state.
 
 It lies in memory that the workers of a host share, so that any of them can play the replica next.
 """
@@ -27,10 +27,9 @@ class Own:
         views: other handles on the same memory.
         layout: where they lie; all are owned by the worker that plays the replica.
         update: its optimizer.
-        residuals: one per parameter: what compression has left out so far; None where nothing is.
     """
 
-    def __init__(self, trained: Trained, replica: int, player: int, group: Group, name: str, has_residual: bool):
+    def __init__(self, trained: Trained, replica: int, player: int, group: Group, name: str):
         """Start from the weights as they are now. Collective where memory is shared; else only its player does it.
 
         Args:
@@ -39,7 +38,6 @@ class Own:
             player: the worker that plays it.
             group: the workers.
             name: tells the memories of one optimizer from those of others.
-            has_residual: whether anything is left out.
         """
         self._trained = trained
         self._group = group if group.shares_memory else Solo(group.worker)
@@ -54,8 +52,6 @@ class Own:
         ]
         self._followed = settings_of(trained.optimizer)
         self.views: list[torch.Tensor] = []
-        self._has_residual = has_residual
-        self.residuals: list[torch.Tensor] | None = None
         self._memory = torch.empty(0)
         self.layout = self._layout(player)
         self._open()
@@ -101,9 +97,8 @@ class Own:
         return self.update.notice()
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return its weights, residuals and optimizer state by name; of the last only what this worker sees."""
+        """Return its weights and optimizer state by name; of the last only what this worker sees."""
         found = {f"weights.{i}": view for i, view in enumerate(self.views)}
-        found |= {f"residual.{i}": residual for i, residual in enumerate(self.residuals or ())}
         for index, values in self.update.full_state().items():
             found |= {f"state.{index}.{k}": v for k, v in values.items() if isinstance(v, torch.Tensor)}
         return found
@@ -127,9 +122,7 @@ class Own:
             if kind == "state":
                 state.setdefault(int(index), {})[key] = tensor
             elif writes:
-                target = self.views if kind == "weights" else self.residuals
-                assert target is not None
-                target[int(index)].copy_(tensor)
+                self.views[int(index)].copy_(tensor)
         for index, key, value in numbers:
             state.setdefault(index, {})[key] = value
         self.update.load(state)
@@ -158,12 +151,6 @@ class Own:
         """Find the memory, and point to it."""
         layout, weights = self.layout, self._trained.weights
         memory = self._group.allocate(layout.num_bytes, f"own weights {self._name}")
-        if self._has_residual:
-            kept = self._group.allocate(layout.sum_bytes, f"own residual {self._name}")
-            self.residuals = [
-                placed(kept, offset, p.data, sum_dtype(p.dtype))
-                for p, offset in zip(weights.views, layout.sum_offsets, strict=True)
-            ]
         if self._memory.data_ptr() == memory.data_ptr():
             return
         self._memory = memory

@@ -13,35 +13,56 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
 
 from samestep.agree.agreement import Agreement, Live
 from samestep.agree.apart import Apart
+from samestep.agree.coding import Coding
 from samestep.agree.meeting import Request, absent_of
 from samestep.core.model import Trained
 from samestep.errors import UsageError
 from samestep.storage import wire
 
 
-def reach(live: Live, apart: Apart, parameters: Sequence[int], shares: Mapping[int, float], where: str) -> None:
+def reach(
+    live: Live,
+    apart: Apart,
+    coding: Coding,
+    step: int,
+    parameters: Sequence[int],
+    shares: Mapping[int, float],
+    where: str,
+) -> None:
     """Let replicas agree on some parameters. Collective.
 
     Args:
         live: where the workers meet.
         apart: the replicas.
+        coding: what compresses.
+        step: number of updates so far.
         parameters: numbers of the parameters.
         shares: what each replica that takes part weighs; adds up to 1.
         where: line of the script.
     """
-    trained, group = apart.trained, live.group
-    payloads = {r: [apart.owns[r].difference(i) for i in parameters] for r in apart.mine if r in shares}
-    if not group.shares_memory:
-        for _, frame in live.calls.meet("the round (send)", where, None, wire.pack(payloads)):
-            payloads.update(wire.unpack(frame))
+    trained, group, num_replicas = apart.trained, live.group, live.model.num_replicas
+    mine = [r for r in apart.mine if r in shares]
+    differences: dict[int, list[torch.Tensor]] = {}
+    if group.shares_memory:
+        for r in mine:
+            differences[r] = [coding.through(step, r, i, apart.owns[r].difference(i)) for i in parameters]
+    else:
+        payloads = [coding.encode(step, r, i, apart.owns[r].difference(i)) for r in mine for i in parameters]
+        frame = b"".join(bytes(payload.numpy().data) for payload in payloads)
+        for rank, (_, message) in enumerate(live.calls.meet("the round (send)", where, None, frame)):
+            replicas = [r for r in replace(group.worker, rank=rank).replicas(num_replicas) if r in shares]
+            differences.update(coding.decoded(step, message, replicas, parameters))
     trained.gradients.begin_pass()
-    leaves = apart.mine if group.shares_memory else range(live.model.num_replicas)
+    leaves = apart.mine if group.shares_memory else range(num_replicas)
     for number, replica in enumerate(leaves):
         trained.gradients.begin_shard(number)
-        for index, difference in zip(parameters, payloads.get(replica, ()), strict=False):
+        for index, difference in zip(parameters, differences.get(replica, ()), strict=False):
             trained.gradients.give(index, difference.mul_(shares[replica]))
         trained.gradients.end_shard()
     met = live.calls.meet("the round (reduce)", where, None, trained.gradients.presence() or b"")
@@ -53,10 +74,12 @@ def reach(live: Live, apart: Apart, parameters: Sequence[int], shares: Mapping[i
     frames = [frame for _, frame in met] if group.shares_memory else [b""]
     trained.update.apply(trained.sums, absent_of(frames, trained), 1.0)
     notice = trained.update.notice()
-    met = live.calls.meet("the round (commit)", where, None, b"" if notice is None else wire.pack(notice))
+    told = b"" if notice is None else wire.pack(notice)
+    met = live.calls.meet("the round (commit)", where, None, told)
     live.clock.to("update")
-    frames = [frame for _, frame in met] if group.shares_memory else [b""]
+    frames = [frame for _, frame in met] if group.shares_memory else [told]
     trained.update.settle([wire.unpack(frame) if frame else None for frame in frames])
+    coding.commit()
     live.model.guard.accept_update()
 
 

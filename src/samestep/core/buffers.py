@@ -8,7 +8,8 @@ the bit.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -141,6 +142,22 @@ class Buffers:
 
     def _of(self, memory: torch.Tensor, replica: int) -> torch.Tensor:
         return memory[replica * self.num_bytes :][: self.num_bytes]
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Let a shard be played that counts for nothing: afterwards the buffers are as they are now."""
+        if not self.num_bytes:
+            yield
+            return
+        self._reattach()
+        held, dirty = self._memory.clone(), self._dirty
+        self._dirty = True
+        try:
+            yield
+        finally:
+            self._reattach()
+            self._memory.copy_(held)
+            self._dirty = dirty
 
     def merge(self, counts: Mapping[int, float], changed: set[int]) -> None:
         """Set the buffers to the merged ones. Collective where memory is not shared.

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from samestep.core.audit import checksum
 from samestep.core.finite import Finite, Found, chunks_of
 from samestep.core.group import ALIGNMENT, GradientArea
 from samestep.core.tree import Leaf, Script
@@ -72,8 +73,8 @@ class _Sums:
             )
         self.fold(self.gradients.leaf)
 
-    def fold(self, leaf: Leaf) -> None:
-        """Add the parameter's gradient as the current leaf, and complete the sums that it ends."""
+    def fold(self, leaf: Leaf | None) -> None:
+        """Add the parameter's gradient as the current leaf, and complete the sums that it ends; None: drop it."""
         gradient = self.parameter.grad if self.given is None else self.given
         if gradient is not None:
             self.parameter.grad = self.given = None
@@ -84,8 +85,13 @@ class _Sums:
                     f"The gradient of {self.name!r} is sparse, which cannot be added in the order of the tree. "
                     f"Use sparse=False in its Embedding."
                 )
-            self.add_leaf(leaf.buffer, gradient)
-            self.gradients.num_folded += 1
+            if self.gradients.seen is not None:
+                self.gradients.seen[self.index] = checksum(gradient)
+            if leaf is not None:
+                self.add_leaf(leaf.buffer, gradient)
+                self.gradients.num_folded += 1
+        if leaf is None:
+            return
         for target, source in leaf.merges:
             done = self.full[source]
             if done is not None:
@@ -138,7 +144,8 @@ class Gradients:
         script: how this worker folds its leaves.
         names: one per parameter.
         shard: number of the current shard among this worker's.
-        leaf: the leaf that the current shard is.
+        leaf: the leaf that the current shard is; None if its gradients count for nothing.
+        seen: takes the checksum of each parameter's gradient in this shard, where that is asked for.
         num_folded: gradients folded in this pass.
         finite: what was seen in the gradients of this pass.
         hooked: whether gradients are folded while backward runs. A lone worker with one replica has nothing to add:
@@ -158,7 +165,8 @@ class Gradients:
         self.script = script
         self.names = weights.names
         self.shard = 0
-        self.leaf = script.leaves[0] if script.leaves else Leaf(0, ())
+        self.leaf: Leaf | None = script.leaves[0] if script.leaves else Leaf(0, ())
+        self.seen: dict[int, int] | None = None
         self.num_folded = 0
         self.finite = Finite(weights.parameters)
         self.hooked = area is not None or len(script.leaves) > 1
@@ -177,6 +185,7 @@ class Gradients:
         """Forget all sums."""
         self.finite.begin_pass()
         self.num_folded = self._num_trainable = 0
+        self.seen = None
         empty = [None] * self.script.num_buffers
         for sums in self._sums:
             sums.full[:] = empty
@@ -200,6 +209,11 @@ class Gradients:
         """
         self._sums[index].given = gradient
 
+    def begin_aside(self) -> None:
+        """Start a shard whose gradients count for nothing."""
+        self.leaf = None
+        self._before = self.num_folded
+
     def end_shard(self) -> None:
         """Fold what the hooks left, and complete the sums of parameters that this shard did not use."""
         if self.num_folded - self._before == self._num_trainable:
@@ -210,7 +224,8 @@ class Gradients:
         for sums in self._sums:
             if sums.mode != _ONCE or not sums.arrivals:
                 sums.fold(self.leaf)
-                if sums.mode == _COUNTING and sums.arrivals:
+                # What a shard of another worker does says nothing about this one's.
+                if sums.mode == _COUNTING and sums.arrivals and self.leaf is not None:
                     sums.mode = _ONCE if sums.arrivals == 1 else _MANY
             sums.arrivals = 0
         self.finite.end_shard()

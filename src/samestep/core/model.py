@@ -44,10 +44,10 @@ class Options:
         many_arrivals: fold every gradient at the end of its shard.
         read_only: between updates a write to the weights kills the worker, where the group can do that.
         verifies: whether memory is looked at for flipped bits.
-        outer: makes, of parameters, the optimizer that updates the weights instead of the user's. Where memory is not
-            shared, every worker then updates all of them, from all replicas' gradients.
-        fresh: with `outer`, replicas begin every step from the weights and buffers that all have, and keep none of
-            their own; owners update their parts, also where memory is not shared.
+        seed: of the run.
+        outer: makes, of parameters, the optimizer that updates the weights instead of the user's.
+        apart: replicas keep buffers of their own from step to step.
+        all_update: where memory is not shared, every worker updates all weights, from all replicas' gradients.
     """
 
     num_replicas: int
@@ -56,8 +56,10 @@ class Options:
     many_arrivals: bool = False
     read_only: bool = False
     verifies: bool = True
+    seed: int = 0
     outer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer] | None = None
-    fresh: bool = False
+    apart: bool = False
+    all_update: bool = False
 
 
 class Trained:
@@ -152,6 +154,15 @@ class Trained:
     def _loaded(self, optimizer: torch.optim.Optimizer) -> None:
         self.stale = True
 
+    @property
+    def updates_alone(self) -> bool:
+        """Whether this worker updates all weights, as every other one does."""
+        return self._group.worker.size == 1
+
+    def share(self) -> None:
+        """Let every worker see what was updated."""
+        self.weights.share(self._group)
+
     def release(self) -> None:
         """Take the hooks off. A gradient's hook and its parameter refer to each other out of the collector's sight."""
         self.gradients.close()
@@ -198,6 +209,7 @@ class Model:
 
     Attributes:
         num_replicas: number of replicas.
+        seed: of the run.
         trained: one per optimizer.
         modules: (prefix of names, module), in the order given.
         others: schedulers, scalers and alike: registered for checkpoints only.
@@ -215,6 +227,7 @@ class Model:
         self._group = group
         self._options = options
         self.num_replicas = options.num_replicas
+        self.seed = options.seed
         modules = [t for t in things if isinstance(t, torch.nn.Module)]
         optimizers = [t for t in things if isinstance(t, torch.optim.Optimizer)]
         self.others = [t for t in things if not isinstance(t, torch.nn.Module | torch.optim.Optimizer)]
@@ -231,12 +244,11 @@ class Model:
             scripts = [tree.script_of(group.worker.replicas(options.num_replicas), options.num_replicas)]
             factor = 3 + group.worker.size * scripts[0].num_buffers
             check_fits(sum(p.numel() * p.element_size() for p in taken.values()) * factor, "The training state")
-        keeps = options.outer is not None and not options.fresh
-        alone = keeps and not group.shares_memory
+        alone = options.all_update and not group.shares_memory
         updating = Solo(Worker(device=group.worker.device)) if alone else group
         self.trained = [Trained(i, o, names, updating, options) for i, o in enumerate(optimizers)]
         self._frozen = self._share_frozen(names, set(taken), group)
-        self.buffers = Buffers(self.modules, group, options.num_replicas, options.buffers, apart=keeps)
+        self.buffers = Buffers(self.modules, group, options.num_replicas, options.buffers, apart=options.apart)
         self._weights = [t.weights for t in self.trained] + self._frozen
         self._held = {id(p) for w in self._weights for p in w.parameters}
         self.guard = self._watch()

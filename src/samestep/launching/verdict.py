@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -11,6 +12,8 @@ from typing import Any
 from samestep.errors import IntegrityError
 from samestep.guarding.crash import Crash
 from samestep.launching.failure import Failure
+
+_PID = re.compile(r"\bpid \d+")
 
 
 class Action(Enum):
@@ -37,7 +40,7 @@ class Outcome:
         has_failed: a worker failed (not: was ended by a signal or by its own sys.exit).
         wants: the run asked to be started again with this many workers; None if it did not.
         died: where a worker died, or had an error that may pass: a short sentence that says how.
-        error: the error, where `died` is about one.
+        error: the error, where `died` is about one; without the pids in it.
         restarts: the run starts again.
         ended_by: the signal that ended the run; None if it ended by itself.
         run_folder: the folder for checkpoints, as far as it is known.
@@ -163,7 +166,9 @@ class Verdict:
             if cause is not self._suspicion and self._signal is None:
                 died = cause.message if cause.rank in self._hung and not cause.kind else _in_short(cause)
             ended = self._make(cause.code, cause.text(sorted(ranks)))
-            return replace(ended, died=died, error=f"{cause.kind}: {cause.message}" if cause.kind else "")
+            # The same error is the same in another process.
+            error = _PID.sub("pid", f"{cause.kind}: {cause.message}") if cause.kind else ""
+            return replace(ended, died=died, error=error)
         if self._wants is not None:
             return self._make(0, "")
         return self._make(*(self._exit if self._exit is not None else (0, "")))

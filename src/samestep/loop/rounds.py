@@ -22,7 +22,7 @@ import numpy as np
 from samestep.agree.federated import LiveFederated
 from samestep.agree.meeting import Part
 from samestep.core.calls import line_of_user
-from samestep.core.randomness import key, seed_sample, seed_shard, seed_step
+from samestep.core.randomness import key, seed_sample, seed_shard
 from samestep.data.mixing import GOLDEN, mix
 from samestep.data.proof import Proof, SampleCount
 from samestep.data.shard import Request, Shard, shards_of
@@ -283,7 +283,7 @@ class Round(Step):
     def describe(self, replica: int) -> str:
         return f"round {self.number}, client {self._cohort.client_of[replica]}"
 
-    def _play_mine(self) -> Iterator[Any]:
+    def _play_mine(self, drawn: Any) -> Generator[Any, None, None]:
         if self.pass_:
             raise UsageError(
                 f"Round {self.number} was iterated again at {line_of_user()}; its clients have trained. A round has "
@@ -301,7 +301,6 @@ class Round(Step):
                 session.clock.begin_shard(self.number, -1)
             live.end_shard(leaf)
         self._part.read = read.num_samples, read.hash
-        seed_step(self._seed, self.number)
 
     def _play_client(self, leaf: int) -> Generator[Any, None, SampleCount]:
         """Yield the batches of a client; return what it has read."""

@@ -25,6 +25,7 @@ from samestep.data.source import as_source
 from samestep.data.split import schedule
 from samestep.errors import SettingsError, UsageError
 from samestep.federated.clients import Clients
+from samestep.loop.audits import Audits
 from samestep.loop.evaluation import Evaluation, evaluating
 from samestep.loop.feed import Reading
 from samestep.loop.rounds import Local, begin_rounds
@@ -75,6 +76,7 @@ class Run:
         arrivals: str = "auto",
         nonfinite: Nonfinite = "stop",
         on_bad_sample: OnBadSample = "stop",
+        audit: float = 0,
     ) -> None:
         """Make identical replicas of modules and optimizers on every worker, and register all for checkpoints.
 
@@ -92,6 +94,8 @@ class Run:
             on_bad_sample: what to do with a sample of `run.steps` whose reading raises, twice in a row: "stop" with
                 an error that names it; "skip" it, so that the batch is what is left (`step.bad_samples` tells); or a
                 number: skip so many different samples at most.
+            audit: the share of updates, 0 to 1, in which one shard is computed by a second worker too (by the only one
+                twice), and loss and gradients are compared bit by bit: 1/64 finds a processor that computes wrong.
 
         Raises:
             UsageError, MismatchError, SettingsError: something cannot be replicated, or workers built it differently,
@@ -109,14 +113,21 @@ class Run:
             many_arrivals=arrivals == "many",
             read_only=self._session.keeping.trace is not None,
             verifies=self._session.verifies,
+            seed=self.recipe.seed,
         )
         session = self._session
         session.conditions.begin(session.calls)
         recipe: Agreement = agree if agree is not None else Synchronous()
+        if audit and recipe != Synchronous():
+            raise SettingsError(
+                f"You set audit={audit!r} and agree={recipe!r}: only gradients that are added as they are can be "
+                f"computed again by another worker. Leave audit out, or use agree=Synchronous()."
+            )
         session.model = session.crew.model = Model(things, session.group, recipe.prepare(options))
         session.crew.agreed = recipe.bind(
             session.model, session.group, session.calls, session.clock, tolerance, allowance
         )
+        session.audits = Audits(audit, session.model, session.group, session.calls)
         session.replay.begin()
         session.model.integrity.watch()
         if session.keeping.checkpoint is not None and session.replay.newcomer is None:

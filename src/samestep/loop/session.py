@@ -20,6 +20,7 @@ from samestep.core.randomness import seed_evaluation
 from samestep.core.worker import Wish, Worker
 from samestep.errors import MismatchError, StorageError, UsageError
 from samestep.loop.archive import Archive
+from samestep.loop.audits import Audits
 from samestep.loop.crew import Crew
 from samestep.loop.feed import Feed
 from samestep.loop.keeper import Keeper
@@ -48,6 +49,7 @@ class Session:
         num_replicas: number of replicas.
         clock, calls, ledger, record, conditions: see their classes.
         model: None until `run.replicate`.
+        audits: compares shards that two workers play; None until then.
         whereabouts: says in which shard the script left the loop over them; empty if in none.
         num_reseeds: calls so far after which generators were seeded anew.
         crew: the workers, as they die and join.
@@ -74,6 +76,7 @@ class Session:
         self.record = Record(group, supervision.reporter, self.clock)
         self.conditions = Conditions(recipe, keeping, group.worker.device, self.record.note)
         self.model: Model | None = None
+        self.audits: Audits | None = None
         self.whereabouts: Callable[[], str] = str
         self.num_reseeds = 0
         self.crew = Crew(group, self.calls, supervision.reporter, supervision.snapshots)
@@ -264,6 +267,7 @@ class Session:
             "notes": self.record.notes,
             **self.integrity.facts(),
             **self.agreed.facts(),
+            **(self.audits.facts() if self.audits is not None else {}),
             **combined(parts),
         }
 

@@ -9,20 +9,23 @@ A step may be iterated again after an update (a GAN's second pass): the same sha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from samestep.agree.meeting import Outcome, Part, Request
+from samestep.core.audit import Account, Draw
 from samestep.core.calls import line_of_user
 from samestep.core.group import WorkerLost
 from samestep.core.randomness import seed_shard, seed_step
 from samestep.data.loading import Shard
 from samestep.data.split import Slice, shard_bounds
 from samestep.errors import DataError, UsageError
+from samestep.loop.audits import Ear
 from samestep.loop.feed import count_read
 from samestep.loop.session import Session
 
@@ -48,6 +51,9 @@ class Driver(Protocol):
 
     def read(self, batch: Slice) -> Sequence[Shard | None]:
         """Return the shards of a batch that were not read ahead."""
+
+    def read_one(self, batch: Slice, replica: int) -> Shard | None:
+        """Return the shard of one replica, whoever plays it."""
 
     def ids(self, batch: Slice, start: int, stop: int) -> np.ndarray:
         """Return the sample ids at positions [start, stop) of the batch's epoch."""
@@ -120,12 +126,17 @@ class Step:
     def _play(self) -> Iterator[Any]:
         session = self._driver.session
         while True:
-            yield from self._play_mine()
-            if not session.group.loses_workers:
-                break
+            drawn = None
+            if session.audits is not None:
+                drawn = session.audits.draw((self._seed, self.number, self.pass_), self.slice, self._num_replicas)
             try:
-                with session.group.mendable():
-                    session.calls.end_shards()
+                account = yield from self._play_mine(drawn)
+                if session.audits is not None and drawn is not None:
+                    again = partial(_again, self, drawn.replica)
+                    yield from session.audits.settle(drawn, account, again, self.describe)
+                elif session.group.loses_workers:
+                    with session.group.mendable():
+                        session.calls.end_shards()
                 break
             except WorkerLost:
                 assert session.model is not None
@@ -134,13 +145,15 @@ class Step:
             # Who is left divides the shards anew, and plays them all again.
             self._shards = self._driver.read(self.slice)
             self._check_bad_again(self._shards)
+        seed_step(self._seed, self.number)
         self._state = "iterated"
 
-    def _play_mine(self) -> Iterator[Any]:
-        """Yield the batch of each shard that falls to this worker now."""
+    def _play_mine(self, drawn: Draw | None) -> Generator[Any, None, Account | None]:
+        """Yield the batch of each shard that falls to this worker now; return what came of the one that is audited."""
         session = self._driver.session
-        model, clock = session.model, session.clock
+        model = session.model
         assert model is not None and self._shards is not None
+        account = None
         self._part = Part()
         self._broken = None
         agreed = session.agreed
@@ -149,30 +162,42 @@ class Step:
             zip(session.worker.replicas(self._num_replicas), self._shards, strict=True)
         ):
             agreed.begin_shard(index, replica)
+            ear = Ear(model, shard) if drawn is not None and drawn.replica == replica else None
             if shard is not None:
                 self._part.bad = [*self._part.bad, *shard.bad]
             if shard is not None and shard.size:
-                model.buffers.begin_shard(replica)
-                seed_shard(self._seed, self.number, self.pass_, replica)
-                self._replica, self._count = replica, len(shard.ids)
-                self._part.samples[replica] = self._count
-                clock.begin_shard(self.number, replica)
-                before = clock.to("compute")
-                try:
-                    yield shard.batch
-                except GeneratorExit:
-                    # The loop was left inside a shard: by an error, most likely.
-                    self.left_in = replica
-                    raise
-                finally:
-                    agreed.leave_shard()
-                    self._replica = None
-                    clock.to(before)
-                    clock.begin_shard(self.number, -1)
+                yield from self._shard(replica, shard)
                 if model.buffers.end_shard(replica):
                     self._part.changed.append(replica)
+            before = session.clock.to("update")
             agreed.end_shard(replica)
-        seed_step(self._seed, self.number)
+            session.clock.to(before)
+            if ear is not None:
+                account = ear.account(self._part.losses, replica)
+        return account
+
+    def _shard(self, replica: int, shard: Shard) -> Iterator[Any]:
+        """Yield the batch of one shard."""
+        session = self._driver.session
+        model, clock = session.model, session.clock
+        assert model is not None
+        model.buffers.begin_shard(replica)
+        seed_shard(self._seed, self.number, self.pass_, replica)
+        self._replica, self._count = replica, len(shard.ids)
+        self._part.samples[replica] = self._count
+        clock.begin_shard(self.number, replica)
+        before = clock.to("compute")
+        try:
+            yield shard.batch
+        except GeneratorExit:
+            # The loop was left inside a shard: by an error, most likely.
+            self.left_in = replica
+            raise
+        finally:
+            session.agreed.leave_shard()
+            self._replica = None
+            clock.to(before)
+            clock.begin_shard(self.number, -1)
 
     def backward(self, loss: torch.Tensor, count: float | None = None, retain_graph: bool = False) -> None:
         """Run backward for this shard; call it inside `for ... in step`.
@@ -330,6 +355,28 @@ class Step:
         if self._outcome is None:
             raise UsageError(f"step.{name} is known after step.update().")
         return self._outcome
+
+
+def _again(step: Step, replica: int) -> Generator[Any, None, Account]:
+    """Yield the batch of a shard, whoever plays it, and return what came of it; it counts for nothing."""
+    session, model = step._driver.session, step._driver.session.model
+    assert model is not None
+    before = session.clock.to("data")
+    shard = step._driver.read_one(step.slice, replica)
+    session.clock.to(before)
+    part, step._part = step._part, Part()
+    try:
+        with model.buffers.aside():
+            for trained in model.trained:
+                trained.gradients.begin_aside()
+            ear = Ear(model, shard)
+            if shard is not None and shard.size:
+                yield from step._shard(replica, shard)
+            for trained in model.trained:
+                trained.gradients.end_shard()
+            return ear.account(step._part.losses, replica)
+    finally:
+        step._part = part
 
 
 def _as_mean(loss: Any, count: float | None, num_samples: int) -> tuple[torch.Tensor, float | None]:

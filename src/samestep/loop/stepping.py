@@ -176,6 +176,14 @@ class Stepping:
         assert self._walk is not None
         return self._on_device(self._walk.read(self.session.worker, batch))
 
+    def read_one(self, batch: Slice, replica: int) -> Shard | None:
+        """Return the shard of one replica, whoever plays it."""
+        assert self._walk is not None
+        session = self.session
+        # As if each replica had a worker of its own.
+        alone = replace(session.worker, rank=replica, size=session.num_replicas)
+        return self._on_device(self._walk.read(alone, batch))[0]
+
     def ids(self, batch: Slice, start: int, stop: int) -> Any:
         """Return the sample ids at positions [start, stop) of the batch's epoch."""
         assert self._walk is not None

@@ -141,9 +141,11 @@ def _all_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("speed", f"{count_in_words(round(speed))} samples/s" if speed else ""),
         ("memory", used),
         ("fleet", _fleet_in_words(facts)),
+        ("agreement", _agreement_in_words(facts)),
         ("samples", _samples_in_words(facts)),
         ("weights", _digest_in_words(facts)),
         ("memory checks", _checks_in_words(facts)),
+        ("audits", _audits_in_words(facts)),
         ("checkpoints", _saves_in_words(facts)),
         *(("note", str(note)) for note in facts.get("notes") or ()),
     ]
@@ -191,6 +193,16 @@ def _samples_in_words(facts: dict[str, Any]) -> str:
     return sentence or ("each sample exactly once" if holds else "")
 
 
+def _agreement_in_words(facts: dict[str, Any]) -> str:
+    """Return words unless replicas agreed at every step, on gradients as they are."""
+    parts = [facts["agreement"]] if facts.get("agreement") else []
+    if facts.get("rounds") is not None:
+        parts.append(f"{count_in_words(facts['rounds'])} rounds")
+    if facts.get("bytes_per_replica"):
+        parts.append(f"{bytes_in_words(facts['bytes_per_replica'])} encoded per replica")
+    return "; ".join(parts)
+
+
 def _digest_in_words(facts: dict[str, Any]) -> str:
     digest = facts.get("weights_digest")
     return f"{digest} (the same for any number of workers)" if digest and _keeps_promise(facts) else digest or ""
@@ -201,6 +213,15 @@ def _checks_in_words(facts: dict[str, Any]) -> str:
     if not updates or not verified:
         return ""
     return f"no bit flipped before {count_in_words(verified)} of {count_in_words(updates)} updates"
+
+
+def _audits_in_words(facts: dict[str, Any]) -> str:
+    count = facts.get("audited")
+    if not count:
+        return ""
+    who = "by two workers" if (facts.get("workers") or 1) > 1 else "twice"
+    shards, were = ("shards", "were") if count > 1 else ("shard", "was")
+    return f"{count_in_words(count)} {shards} {were} computed {who}, with the same bits"
 
 
 def _saves_in_words(facts: dict[str, Any]) -> str:
