@@ -70,7 +70,7 @@ class Federated(Agreement):
             object.__setattr__(self, "clients", len(self.clients))
         if not isinstance(self.clients, int) or isinstance(self.clients, bool) or self.clients < 1:
             raise SettingsError(
-                f"You set Federated(clients={self.clients!r}); give the Clients, or how many there are."
+                f"You set Federated(clients={self.clients!r}); give the Clients, or how many there are, 1 or more."
             )
         num_sampled(self.sample, self.clients)
         for name, good, words in (

@@ -23,10 +23,11 @@ from samestep.agree.federated import LiveFederated
 from samestep.agree.meeting import Part
 from samestep.core.calls import line_of_user
 from samestep.core.randomness import key, seed_sample, seed_shard
+from samestep.data.fingerprint import chosen, fingerprint
 from samestep.data.mixing import GOLDEN, mix
 from samestep.data.proof import Proof, SampleCount
 from samestep.data.shard import Request, Shard, shards_of
-from samestep.data.source import SeedSample, Source, as_source
+from samestep.data.source import Columns, as_source
 from samestep.data.split import Slice
 from samestep.errors import DataError, SettingsError, UsageError
 from samestep.federated.clients import Clients
@@ -35,12 +36,15 @@ from samestep.loop.evaluation import on_device
 from samestep.loop.feed import Feed
 from samestep.loop.session import Session
 from samestep.loop.step import Driver, Step
+from samestep.storage.digest import state_digest
 from samestep.units import count_in_words
 
 _ORDER = 49
 """First part of the key of a client's order, so that draws for different ends are unrelated."""
 
 _MOST_EPOCHS = 1 << 20
+_NUM_SLOW = 4
+"""Clients at most whose content is looked at where reading runs user code."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +123,21 @@ class ClientFeed(Feed):
         self._seen.update(cohort.delivering)
         self.read += read
 
+    def content_of_clients(self, collate: Callable[[list], Any] | None) -> list[str]:
+        """Return fingerprints of some clients' content, as they were when first asked for."""
+        if self._content is None:
+            self._content = []
+            for place, client in enumerate(np.concatenate(chosen(len(self.data))).tolist()):
+                source = as_source(self.data.data_of(client), collate)
+                if place >= _NUM_SLOW and type(source) is not Columns:
+                    break
+                found = fingerprint(source, state_digest, seed_sample)
+                if not found:
+                    # What follows would be compared with another client's.
+                    break
+                self._content.append(found[0])
+        return self._content
+
     def proof(self) -> ClientProof:
         return ClientProof(
             coverage=self.coverage,
@@ -132,23 +151,6 @@ class ClientFeed(Feed):
 def place_of(number: int, epoch: int) -> int:
     """Return what stands for a local epoch of a round where samples are counted."""
     return number * _MOST_EPOCHS + epoch
-
-
-class Pooled(Source):
-    """The samples of all clients, one client's after the other's: for a fingerprint of their content."""
-
-    def __init__(self, clients: Clients, offsets: np.ndarray, collate: Callable[[list], Any] | None):
-        self._clients, self._offsets, self._collate = clients, offsets, collate
-        self.num_samples = int(offsets[-1])
-
-    def fetch(self, ids: np.ndarray, seed: int, epoch: int, seed_sample: SeedSample) -> Any:
-        found = []
-        for sample in ids.tolist():
-            client = int(np.searchsorted(self._offsets, sample, side="right")) - 1
-            source = as_source(self._clients.data_of(client), self._collate)
-            own = np.array([sample - self._offsets[client]], dtype=np.int64)
-            found.append(source.fetch(own, seed, epoch, seed_sample))
-        return found
 
 
 class ClientWalk:
@@ -255,7 +257,7 @@ def begin_rounds(session: Session, clients: Any, local: Local, steps: int | None
             "batch_size": local.batch_size,
             "epochs": local.epochs,
             "shuffle": local.shuffle,
-            "content": feed.content(Pooled(clients, feed.offsets, local.collate)),
+            "content": feed.content_of_clients(local.collate),
         }
     )
     session.plan(feed.num_samples, local.batch_size, None, steps)
