@@ -164,6 +164,9 @@ class Federated(Agreement):
                 f"You gave run.replicate {len(model.trained)} optimizers under agree=Federated(...): a client steps "
                 f"after each of its batches, and it could not tell which to step. Give it one, of all parameters."
             )
+        if self.privacy is not None:
+            # What counts may not be installed: the time to say so is before the first round.
+            self.privacy.epsilon(1, self.rate)
         return LiveFederated(self, model, group, calls, clock, tolerance, allowance)
 
 
@@ -272,7 +275,7 @@ class LiveFederated(Live):
         self._num_rounds = values["rounds"]
 
     def facts(self) -> dict[str, Any]:
-        found = {"agreement": repr(self.recipe), "rounds": self._num_rounds}
+        found = {"agreement": repr(self.recipe), "rounds": self._num_rounds, "clients": self.recipe.num_clients}
         privacy = self.recipe.privacy
         if privacy is not None:
             epsilon = privacy.epsilon(self._num_rounds, self.recipe.rate)
