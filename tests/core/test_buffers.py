@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from samestep.core.buffers import Buffers
+from samestep.core.division import Division
 from samestep.core.fakes import run_threads
 from samestep.core.group import Solo
 from samestep.errors import SettingsError
@@ -31,7 +32,7 @@ def play(group, counts: list[int], rule="mean", replace: bool = False):
     for _ in range(2):
         buffers.begin_pass()
         changed, samples = [], {}
-        for replica in group.worker.replicas(len(counts)):
+        for replica in Division.even(group.worker.size, len(counts)).of(group.worker.rank):
             if not counts[replica]:
                 continue
             samples[replica] = counts[replica]

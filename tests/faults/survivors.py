@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parents[1] / "laws"))
 from small_fleet import Outcome, SmallFleet
 
 MOST_STEPS = 400
-PLACES = ("shard", "after", "mean")
+PLACES = ("shard", "after", "mean", "move")
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,12 @@ class Case:
 
     Attributes:
         workers: how many.
-        deaths: (slot, step, place): in a shard, after the update, in an evaluation.
+        deaths: (slot, step, place): in a shard, after the update, in an evaluation, while replicas move.
         returns: workers to wait for before the run may end.
         optimizer: what is trained with.
         loaders: processes that read ahead.
         audit: share of updates in which one shard is computed twice.
+        moves: replicas move at random after every step.
     """
 
     workers: int
@@ -45,6 +47,7 @@ class Case:
     optimizer: str = "AdamW"
     loaders: int = 0
     audit: float = 0
+    moves: bool = False
 
 
 CASES = (
@@ -57,11 +60,12 @@ CASES = (
     Case(2, ((1, 3, "shard"),), 1),
     Case(2, ((0, 3, "shard"),), 1),
     Case(3, ((0, 3, "shard"), (2, 3, "shard")), 2),
-    Case(2, ((1, 3, "shard"),), 1, "SGD"),
+    Case(2, ((1, 3, "shard"),), 1, "SGD", moves=True),
     Case(2, ((0, 3, "shard"),), 1, "Adafactor"),
     Case(3, ((1, 3, "shard"),), 1, "Odd"),
     Case(2, ((1, 3, "shard"),), 1, "AdamW", 2),
     Case(3, ((1, 3, "shard"), (0, 6, "shard")), audit=1),
+    Case(3, ((1, 3, "move"), (0, 8, "move")), moves=True),
 )
 """What the suite plays. "Odd" is an optimizer that samestep does not know, and that looks at all tensors at once."""
 
@@ -116,6 +120,10 @@ def trained(case: Case, board: Board, run: Any) -> dict[str, Any]:
     average = nn.Linear(300, 3)
     optimizer = optimizer_of(case.optimizer, model)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.97)
+    if case.moves:
+        from restless import Restless
+
+        run._session.crew.balance = Restless()
     run.replicate(model, optimizer, scheduler, average, audit=case.audit)
     losses, noise, number = [], 0.0, 0
 
@@ -128,6 +136,13 @@ def trained(case: Case, board: Board, run: Any) -> dict[str, Any]:
         die("mean")
         return (model(batch[0]).argmax(1) == batch[1]).float()
 
+    divide = run._session.model.divide
+
+    def move(division: Any) -> None:
+        die("move")
+        divide(division)
+
+    run._session.model.divide = move
     for _ in range(3):
         for step in run.steps((x, y), 20, epochs=1, loaders=case.loaders):
             number = step.number
@@ -202,6 +217,8 @@ def judged(case: Case, outcome: Outcome, num_back: int, expected: dict[str, Any]
     wrong += [f"{num_back} came back, not {case.returns}"] * (num_back < case.returns)
     num_killed = sum(os.WIFSIGNALED(status) for _, status in outcome.statuses)
     wrong += [f"{num_killed} were killed"] * (num_killed < len(case.deaths))
+    moved = any("Replicas moved" in text for text in outcome.kinds("note"))
+    wrong += ["replicas did not move" if case.moves else "replicas moved"] * (moved != case.moves)
     for slot, result in outcome.results.items():
         wrong += [f"worker {slot}: {key}" for key in expected if key != "workers" and result[key] != expected[key]]
     return wrong

@@ -342,7 +342,7 @@ PLANTED: dict[str, tuple[Any, str, Any, Any]] = {
     "the audited shard is added": (Gradients, "begin_aside", lambda self: None, no_bit_changes),
     "its losses and means count": (step_module, "_again", shared_part(step_module._again), nothing_is_to_be_seen),
     "its buffers stay": (Buffers, "aside", left_as_they_are, nothing_is_to_be_seen),
-    "it begins with other buffers": (Buffers, "begin_shard", lambda self: None, buffers_matter),
+    "it begins with other buffers": (Buffers, "begin_shard", lambda self, replica: None, buffers_matter),
     "it draws other numbers": (step_module, "seed_shard", drifting, no_bit_changes),
     "it reads another shard": (Stepping, "read_one", lambda self, batch, replica: self.read(batch)[0], no_bit_changes),
     "generators stay where it left them": (step_module, "seed_step", lambda *rest: None, nothing_is_to_be_seen),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from playing import assert_same_bits, play
 from zoo import classes_loss
 
-from samestep.core.worker import Worker
+from samestep.core.division import Division
 from samestep.data.proof import SampleCount
 from samestep.data.source import as_source
 from samestep.data.split import schedule
@@ -31,11 +31,11 @@ def assert_each_exactly_once(
     for rank in range(num_workers):
         feed = Feed(data, num_samples, (3, 0))
         feed.use_shuffle(shuffle)
-        worker = Worker(rank=rank, size=num_workers)
-        reading = Reading(seed=3, shuffle=shuffle, num_replicas=num_replicas, worker=worker, loaders=0)
+        mine = Division.even(num_workers, num_replicas).of(rank)
+        reading = Reading(seed=3, shuffle=shuffle, num_replicas=num_replicas, replicas=mine, loaders=0)
         slices = schedule(num_samples, batch_size, epochs=epochs)
         for batch, shards in feed.batches(as_source(data), slices, reading):
-            for replica, shard in zip(worker.replicas(num_replicas), shards, strict=True):
+            for replica, shard in zip(mine, shards, strict=True):
                 if shard is None:
                     continue
                 assert shard.ids.tolist() == (shard.batch // 10).tolist(), "what was read is not what was asked for"

@@ -28,6 +28,7 @@ import samestep.loop.step as step_module
 from samestep.agree.allowance import Allowance
 from samestep.agree.meeting import Outcome
 from samestep.agree.nonfinite import Tolerance
+from samestep.core.division import Division
 from samestep.core.group import Solo
 from samestep.core.randomness import seed_start
 from samestep.core.worker import Worker
@@ -125,7 +126,7 @@ class Fleet:
             group: Any = Turns(Worker(rank=rank, size=workers), told)
             group.fleet = self
             session = Session(Recipe(replicas=replicas, seed=5), Keeping(checkpoint="/nowhere", every=1), group)
-            session.model = _model()
+            session.model = session.crew.model = _model(Division.even(workers, replicas))
             session.crew.agreed = Agreed(self, rule)
             if resumed is not None:
                 session.replay._begin_replay(_checkpoint(resumed))
@@ -224,13 +225,15 @@ def _same(told: list) -> Any:
     return told[0]
 
 
-def _model() -> Any:
+def _model(division: Division) -> Any:
     optimizer = SimpleNamespace(_optimizer_step_pre_hooks={}, _optimizer_step_post_hooks={})
     gradients = SimpleNamespace(begin_pass=nothing, begin_shard=nothing, end_shard=nothing)
     update = SimpleNamespace(full_state=dict)
     return SimpleNamespace(
         modules=[],
         others=[],
+        division=division,
+        divide=nothing,
         trained=[SimpleNamespace(optimizer=optimizer, gradients=gradients, update=update)],
         buffers=SimpleNamespace(begin_pass=nothing, begin_shard=nothing, end_shard=nothing),
         integrity=SimpleNamespace(

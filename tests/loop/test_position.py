@@ -29,7 +29,7 @@ from in_turn import Fleet, Numbers, stand_ins
 from playing import replaced
 
 import samestep.agree.allowance as allowance
-import samestep.core.worker as worker_module
+import samestep.core.division as division_module
 import samestep.data.proof as proof_module
 import samestep.data.shard as shard_module
 import samestep.loop.feed as feed_module
@@ -369,9 +369,9 @@ def forgets_the_last(old):
 def overlapping(old):
     """Every worker but the last reads the next one's first shard, too."""
 
-    def faulty(self, num_replicas):
-        mine = old(self, num_replicas)
-        return range(mine.start, min(mine.stop + 1, num_replicas)) if self.size > 1 else mine
+    def faulty(self, rank):
+        mine = old(self, rank)
+        return range(mine.start, min(mine.stop + 1, self.num_replicas)) if len(self.counts) > 1 else mine
 
     return faulty
 
@@ -408,7 +408,7 @@ FAULTS = {
     "a replayed count is one off": (ledger_module.Ledger, "next", one_more),
     "extend forgets the last entry": (ledger_module.Ledger, "extend", forgets_the_last),
     "the ledger gives the next result whatever is called": (ledger_module.Ledger, "next", any_call_will_do),
-    "a shard is read by two workers": (worker_module.Worker, "replicas", overlapping),
+    "a shard is read by two workers": (division_module.Division, "of", overlapping),
     "shards begin too late": (
         feed_module,
         "shard_bounds",

@@ -59,7 +59,10 @@ class Live(ABC):
     Attributes:
         recipe: what it is the live form of.
         model, group, calls, clock, tolerance, allowance: as given to `bind`.
+        can_move: whether replicas can be played by other workers from one step to the next.
     """
+
+    can_move = True
 
     def __init__(
         self,

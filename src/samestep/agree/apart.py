@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ import torch
 from samestep.agree.meeting import Request
 from samestep.agree.own import Own
 from samestep.core.group import Group
-from samestep.core.model import Trained
+from samestep.core.model import Model
 from samestep.core.randomness import seed_transform
 from samestep.storage import wire
 
@@ -31,27 +30,26 @@ class Apart:
         owns: what each replica has of its own; where memory is not shared, of those played here.
     """
 
-    def __init__(self, trained: Trained, number: int, num_replicas: int, group: Group):
+    def __init__(self, model: Model, number: int, group: Group):
         """Start all from the weights as they are. Collective.
 
         Args:
-            trained: the optimizer.
-            number: of the optimizer in the run.
-            num_replicas: number of replicas.
+            model: what was replicated.
+            number: of the optimizer in it.
             group: the workers.
         """
-        self.trained = trained
+        self.trained = model.trained[number]
+        self._model = model
         self._group = group
-        self._num_replicas = num_replicas
-        known = range(num_replicas) if group.shares_memory else self.mine
-        self.owns = {r: Own(trained, r, _player(group, num_replicas, r), group, str(number)) for r in known}
+        known = range(model.division.num_replicas) if group.shares_memory else self.mine
+        self.owns = {r: Own(self.trained, r, model.division.player_of(r), group, str(number)) for r in known}
         self._held: dict[int, Gradients] = {}
         group.exchange(b"")
 
     @property
     def mine(self) -> range:
         """The replicas that this worker plays."""
-        return self._group.worker.replicas(self._num_replicas)
+        return self._model.division.of(self._group.worker.rank)
 
     def begin_pass(self) -> None:
         """Forget all gradients."""
@@ -123,7 +121,7 @@ class Apart:
     def reseat(self) -> None:
         """Take the replicas that fall to this worker now. Collective."""
         for replica, own in self.owns.items():
-            own.reseat(_player(self._group, self._num_replicas, replica))
+            own.reseat(self._model.division.player_of(replica))
 
     def state(self) -> tuple[dict[str, torch.Tensor], list[Any]]:
         """Return tensors by name, and [replica, numbers], of all replicas. Collective."""
@@ -156,16 +154,10 @@ class Apart:
         if request.transform is not None:
             for i, gradient in enumerate(gradients):
                 if gradient is not None:
-                    seed_transform(*request.seeds, i * self._num_replicas + replica)
+                    seed_transform(*request.seeds, i * self._model.division.num_replicas + replica)
                     gradients[i] = request.transform(self.trained.weights.names[i], gradient)
             norm = self.norm(replica)
         if request.clip_norm is not None and norm > request.clip_norm:
             scale = request.clip_norm / (norm + 1e-6)
             gradients = [g if g is None else g * scale for g in gradients]
         return gradients
-
-
-def _player(group: Group, num_replicas: int, replica: int) -> int:
-    """Return the worker that plays a replica."""
-    runs = (replace(group.worker, rank=rank).replicas(num_replicas) for rank in range(group.worker.size))
-    return next(rank for rank, run in enumerate(runs) if replica in run)

@@ -13,7 +13,7 @@ import torch
 
 from samestep.codecs import Codec, Exact, Feedback, State
 from samestep.core.group import Group, align
-from samestep.core.model import Trained
+from samestep.core.model import Model
 from samestep.core.weights import placed
 from samestep.storage import wire
 
@@ -25,23 +25,21 @@ class Coding:
         codec: with error feedback, where it leaves something out.
     """
 
-    def __init__(self, codec: Codec, trained: Trained, number: int, num_replicas: int, group: Group, seed: int):
+    def __init__(self, codec: Codec, model: Model, number: int, group: Group):
         """Begin anew. Collective.
 
         Args:
             codec: the user's.
-            trained: the optimizer.
-            number: of the optimizer in the run.
-            num_replicas: number of replicas.
+            model: what was replicated.
+            number: of the optimizer in it.
             group: the workers.
-            seed: of the run.
         """
         self.codec = codec if codec.unbiased or isinstance(codec, Feedback) else Feedback(codec)
-        self._key = seed, number
+        self._key = model.seed, number
         self._number = number
+        self._model = model
         self._group = group
-        self._num_replicas = num_replicas
-        self._tensors = trained.weights.views
+        self._tensors = model.trained[number].weights.views
         self._fresh = [self.codec.fresh(v.shape, v.dtype) for v in self._tensors]
         self._num_bytes = sum(align(t.numel() * t.element_size()) for s in self._fresh for t in s.values())
         self._memories: dict[int, torch.Tensor] = {}
@@ -139,8 +137,8 @@ class Coding:
 
     def _open(self) -> None:
         """Find the memory of what is kept."""
-        everyone = range(self._num_replicas)
-        known = everyone if self._group.shares_memory else self._group.worker.replicas(self._num_replicas)
+        division = self._model.division
+        known = range(division.num_replicas) if self._group.shares_memory else division.of(self._group.worker.rank)
         for replica in known:
             states: list[State] = [{} for _ in self._fresh]
             if self._num_bytes:

@@ -72,10 +72,7 @@ class CodedLeaves(Leaves):
         super().__init__(model)
         self._group = group
         self._calls = calls
-        self._codings = [
-            Coding(codec, trained, number, model.num_replicas, group, model.seed)
-            for number, trained in enumerate(model.trained)
-        ]
+        self._codings = [Coding(codec, model, number, group) for number in range(len(model.trained))]
         self._updates = [0] * len(model.trained)
         self._payloads: list[dict[int, list[torch.Tensor | None]]] = [{} for _ in model.trained]
 

@@ -92,12 +92,11 @@ class LiveLocal(Live):
 
     def __init__(self, *bound: Any):
         super().__init__(*bound)
-        trained, num_replicas = self.model.trained, self.model.num_replicas
-        self._apart = [Apart(t, number, num_replicas, self.group) for number, t in enumerate(trained)]
-        self._codings = [
-            Coding(self.recipe.codec, t, number, num_replicas, self.group, self.model.seed)
-            for number, t in enumerate(trained)
-        ]
+        # Elsewhere what a replica has of its own stays where its worker is.
+        self.can_move = self.group.shares_memory
+        trained, num_replicas = self.model.trained, self.model.division.num_replicas
+        self._apart = [Apart(self.model, number, self.group) for number in range(len(trained))]
+        self._codings = [Coding(self.recipe.codec, self.model, number, self.group) for number in range(len(trained))]
         self._num_bytes = 0
         self.model.buffers.spread(range(num_replicas))
         self.group.exchange(b"")
@@ -184,7 +183,7 @@ class LiveLocal(Live):
             numbers.append(of_own)
             tensors |= {f"codec.{index}.{name}": tensor for name, tensor in self._codings[index].state().items()}
         self.model.buffers.gather_own()
-        if self.model.buffers.own is not None:
+        if self.model.buffers.num_bytes:
             tensors["buffers"] = self.model.buffers.own
         since = [[list(map(list, items.items())) for items in ones] for ones in self._since]
         counts = {"updates": self._updates, "rounds": self._num_rounds, "bytes": self._num_bytes}
@@ -203,7 +202,7 @@ class LiveLocal(Live):
             self.spread()
         else:
             buffers = self.model.buffers.own
-            if buffers is not None and (self.group.worker.is_first or not self.group.shares_memory):
+            if buffers.numel() and (self.group.worker.is_first or not self.group.shares_memory):
                 buffers.copy_(tensors["buffers"])
             self._count(values)
         self.group.exchange(b"")
@@ -237,7 +236,7 @@ class LiveLocal(Live):
         if not since:
             return
         apart, buffers = self._apart[index], self.model.buffers
-        if buffers.own is not None:
+        if buffers.num_bytes:
             buffers.publish(apart.mine)
             self.calls.meet("the round (buffers)", where)
             items = next(iter(since.values()))

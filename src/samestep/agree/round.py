@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 
@@ -46,7 +45,7 @@ def reach(
         shares: what each replica that takes part weighs; adds up to 1.
         where: line of the script.
     """
-    trained, group, num_replicas = apart.trained, live.group, live.model.num_replicas
+    trained, group, division = apart.trained, live.group, live.model.division
     mine = [r for r in apart.mine if r in shares]
     differences: dict[int, list[torch.Tensor]] = {}
     if group.shares_memory:
@@ -56,10 +55,10 @@ def reach(
         payloads = [coding.encode(step, r, i, apart.owns[r].difference(i)) for r in mine for i in parameters]
         frame = b"".join(bytes(payload.numpy().data) for payload in payloads)
         for rank, (_, message) in enumerate(live.calls.meet("the round (send)", where, None, frame)):
-            replicas = [r for r in replace(group.worker, rank=rank).replicas(num_replicas) if r in shares]
+            replicas = [r for r in division.of(rank) if r in shares]
             differences.update(coding.decoded(step, message, replicas, parameters))
     trained.gradients.begin_pass()
-    leaves = apart.mine if group.shares_memory else range(num_replicas)
+    leaves = apart.mine if group.shares_memory else range(division.num_replicas)
     for number, replica in enumerate(leaves):
         trained.gradients.begin_shard(number)
         for index, difference in zip(parameters, differences.get(replica, ()), strict=False):

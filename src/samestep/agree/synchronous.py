@@ -60,6 +60,8 @@ class LiveSynchronous(Live):
     def __init__(self, *bound: Any):
         super().__init__(*bound)
         codec = self.recipe.codec
+        # Elsewhere what a codec keeps of a replica stays where its worker is.
+        self.can_move = codec is None or self.group.shares_memory
         coded = None if codec is None else CodedLeaves(codec, self.model, self.group, self.calls)
         self._reduction = Reduction(self.group, self.calls, self.clock)
         self._leaves = coded if coded is not None else Leaves(self.model)

@@ -66,6 +66,9 @@ def main() -> None:
     "--hang-after", type=float, metavar="S", help="Seconds without progress after which a worker is replaced; 0: never."
 )
 @click.option("--protect/--no-protect", default=None, help="Survive dead workers (default; takes memory), or not.")
+@click.option(
+    "--balance/--no-balance", default=None, help="Let replicas move away from slow workers (default), or not."
+)
 @click.option("--summary", metavar="FILE.json", help="Write the facts of the run there.")
 def run(script: str, arguments: tuple[str, ...], summary: str | None, **settings: Any) -> None:
     """Run SCRIPT on this host. Its own arguments come after `--`."""

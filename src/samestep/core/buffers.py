@@ -14,15 +14,21 @@ from typing import Literal
 
 import torch
 
+from samestep.core.division import Division
 from samestep.core.group import Group, align, aligned_zeros
-from samestep.core.worker import run_of
 from samestep.errors import SettingsError
 
 Rule = Literal["mean", "first"]
 
 
 class Buffers:
-    """The buffers of all replicated modules, as one worker sees them."""
+    """The buffers of all replicated modules, as one worker sees them.
+
+    Attributes:
+        num_bytes: of one replica's.
+        own: what all replicas have kept, uint8; empty unless they are apart. Where memory is not shared, what this
+            worker's have.
+    """
 
     def __init__(
         self,
@@ -58,6 +64,7 @@ class Buffers:
             end = stop
         self._segments = _joined(self._segments)
         self.num_bytes = end
+        self.own = torch.empty(0, dtype=torch.uint8)
         self._group = group
         if not end:
             return
@@ -72,20 +79,18 @@ class Buffers:
             view.copy_(buffer)
             home[key] = view
             self._placed.append((home, key, view))
-        self._num_replicas = num_replicas
         self._apart = apart
         self._dirty = False
-        self.reseat()
+        self.reseat(Division.even(group.worker.size, num_replicas))
 
-    def reseat(self) -> None:
-        """Let replicas' buffers meet in the group as it is now. Collective."""
-        end, size = self.num_bytes, self._group.worker.size
+    def reseat(self, division: Division) -> None:
+        """Let replicas' buffers meet in the group as it is now, each put there by who plays the replica. Collective."""
+        end = self.num_bytes
         if end:
-            self._meeting = self._group.allocate(end * self._num_replicas, "buffers")
+            self._meeting = self._group.allocate(end * division.num_replicas, "buffers")
             if self._apart:
-                self._own = self._group.allocate(end * self._num_replicas, "own buffers")
-            runs = [run_of(w, size, self._num_replicas) for w in range(size)]
-            self._runs = [range(run.start * end, run.stop * end) for run in runs]
+                self.own = self._group.allocate(end * division.num_replicas, "own buffers")
+            self._runs = [range(run.start * end, run.stop * end) for run in division.runs]
 
     def begin_pass(self) -> None:
         """Remember the buffers that every shard of this pass starts from."""
@@ -97,7 +102,7 @@ class Buffers:
     def begin_shard(self, replica: int) -> None:
         """Give the next shard the buffers that it starts from."""
         if self.num_bytes and self._apart:
-            self._memory.copy_(self._of(self._own, replica))
+            self._memory.copy_(self._of(self.own, replica))
             self._dirty = True
         elif self.num_bytes and self._dirty:
             self._memory.copy_(self._start)
@@ -108,7 +113,7 @@ class Buffers:
         if not self.num_bytes:
             return False
         self._reattach()
-        if torch.equal(self._memory, self._of(self._own, replica) if self._apart else self._start):
+        if torch.equal(self._memory, self._of(self.own, replica) if self._apart else self._start):
             return False
         self._dirty = True
         self._of(self._meeting, replica).copy_(self._memory)
@@ -117,28 +122,23 @@ class Buffers:
     def keep(self, replicas: Iterable[int]) -> None:
         """Let some replicas that this worker plays keep what they published, and go back to the pass's start."""
         for replica in replicas:
-            self._of(self._own, replica).copy_(self._of(self._meeting, replica))
+            self._of(self.own, replica).copy_(self._of(self._meeting, replica))
         self.restore()
 
     def publish(self, replicas: Iterable[int]) -> None:
         """Publish what replicas that this worker plays have kept."""
         for replica in replicas if self.num_bytes else ():
-            self._of(self._meeting, replica).copy_(self._of(self._own, replica))
+            self._of(self._meeting, replica).copy_(self._of(self.own, replica))
 
     def spread(self, replicas: Iterable[int]) -> None:
         """Let replicas that this worker plays go on from the buffers as they are now."""
         for replica in replicas if self.num_bytes else ():
-            self._of(self._own, replica).copy_(self._memory)
-
-    @property
-    def own(self) -> torch.Tensor | None:
-        """What all replicas have kept, uint8; where memory is not shared, what this worker's have."""
-        return self._own if self.num_bytes and self._apart else None
+            self._of(self.own, replica).copy_(self._memory)
 
     def gather_own(self) -> None:
         """Let every worker see what all replicas have kept. Collective where memory is not shared."""
-        if self.own is not None:
-            self._group.share(self._own, self._runs)
+        if self.own.numel():
+            self._group.share(self.own, self._runs)
 
     def _of(self, memory: torch.Tensor, replica: int) -> torch.Tensor:
         return memory[replica * self.num_bytes :][: self.num_bytes]

@@ -62,6 +62,10 @@ class Clock:
         if self._pulse is not None:
             self._pulse.shard(step, replica)
 
+    def worked(self) -> float:
+        """Return seconds spent on shards so far: reading them, and the user's code in them; not in a phase still on."""
+        return self.seconds["data"] + self.seconds["compute"]
+
     def elapsed(self) -> float:
         """Return seconds since the clock was made."""
         return time.perf_counter() - self._begin

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from samestep.core.memory import available_bytes
+
 
 def is_cuda(device: str) -> bool:
     """Return whether `device` ("cpu", "cuda:0") names a CUDA device."""
@@ -20,6 +22,15 @@ def synchronize(device: str) -> None:
     """Wait until `device` has done all work given to it, as clocks and readers of its results need."""
     if is_cuda(device):
         torch.cuda.synchronize(device)
+
+
+def free_bytes(device: str) -> int | None:
+    """Return how many bytes can still be allocated on `device`; None where nobody tells."""
+    if not is_cuda(device):
+        return available_bytes()
+    # What torch has reserved and does not use is free, too.
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def backend_for(device: str, *, staged: bool = False) -> str:

@@ -248,7 +248,8 @@ class Gradients:
         return [s.full[buffer] for s in self._sums]
 
     def close(self) -> None:
-        """Take the hooks off."""
+        """Take the hooks off, and let the buffers go."""
         for sums in self._sums:
             if sums.hook is not None:
                 sums.hook.remove()
+        self._sums.clear()

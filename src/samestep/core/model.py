@@ -14,6 +14,7 @@ import torch
 
 from samestep.core import tree
 from samestep.core.buffers import Buffers, Rule
+from samestep.core.division import Division
 from samestep.core.element_update import ElementUpdate
 from samestep.core.fold import Fold, HeldFold
 from samestep.core.gradients import Gradients
@@ -27,7 +28,7 @@ from samestep.core.places import Slot
 from samestep.core.update import Update
 from samestep.core.weights import Weights, check_separate, shape_of
 from samestep.core.whole_update import WholeUpdate
-from samestep.core.worker import Worker, run_of
+from samestep.core.worker import Worker
 from samestep.errors import MismatchError, UsageError
 from samestep.storage import wire
 from samestep.storage.digest import tensor_digest
@@ -69,7 +70,7 @@ class Trained:
         optimizer: the user's.
         applied: the one that updates the weights; the user's too, unless the options name another.
         weights, gradients, sums, update: its mechanism; see their classes.
-        replicas: those this worker plays.
+        replicas: those this worker plays (`Model.division`).
         nodes: for each worker, the nodes of the tree that it folds.
         num_nodes: for each worker, how many.
         area_bytes: gradient memory of all workers of the group.
@@ -100,7 +101,8 @@ class Trained:
         self._shapes = [shape_of(p, divisible=self._kind is Kind.ELEMENT) for p in parameters]
         parameter_names = [names[id(p)] for p in parameters]
         self.weights = Weights(group, parameter_names, parameters, self._layout(), f"weights {number}")
-        self._meet()
+        self.area: GradientArea | None = None
+        self._meet(Division.even(group.worker.size, options.num_replicas))
         made = ElementUpdate if self._kind is Kind.ELEMENT else WholeUpdate
         self.update: Update = made(self.applied, self.weights, group, f"state {number}")
         self.stale = False
@@ -108,12 +110,20 @@ class Trained:
         self._load_hook = optimizer.register_load_state_dict_post_hook(self._loaded)
         self._guard_hook = optimizer.register_step_pre_hook(_refuse_step)
 
-    def reseat(self) -> None:
+    def reseat(self, division: Division) -> None:
         """Divide the work among the workers that the group has now. Collective."""
         self.gradients.close()
         self.weights.reseat(self._group, self._layout())
-        self._meet()
+        self._meet(division)
         self.update.reseat()
+
+    def divide(self, division: Division) -> None:
+        """Let each worker play other replicas; what it owns of weights and state stays its own. Collective."""
+        self.gradients.close()
+        # The room that they take goes before there is other room.
+        del self.sums
+        self.area = None
+        self._meet(division)
 
     def take_over(self, groups: Sequence[Mapping[str, Any]], numbers: Mapping[int, Mapping[str, Any]]) -> None:
         """Take what the optimizer of a worker that joins has of its own: settings of groups, numbers in the state."""
@@ -130,17 +140,19 @@ class Trained:
         granule = GRANULE if self._options.threads == 1 else PIECE
         return _for_all(lay_out(self._shapes, owners, granule=granule), size)
 
-    def _meet(self) -> None:
+    def _meet(self, division: Division) -> None:
         """Make the places where gradients are folded and meet. Collective."""
-        rank, size, num_replicas = self._group.worker.rank, self._group.worker.size, self._options.num_replicas
-        layout = self.weights.layout
-        runs = [run_of(w, size, num_replicas) for w in range(size)]
+        rank, size, num_replicas = self._group.worker.rank, self._group.worker.size, division.num_replicas
+        if size == 1:
+            # Who updates alone adds the gradients of all replicas, whoever played them.
+            division = Division.even(1, num_replicas)
+        layout, runs = self.weights.layout, division.runs
         scripts = [tree.script_of(run, num_replicas) for run in runs]
         self.replicas = runs[rank]
         self.nodes = [s.nodes for s in scripts]
         self.num_nodes = [len(nodes) for nodes in self.nodes]
         self.area_bytes = sum(s.num_buffers for s in scripts) * layout.sum_bytes
-        self.area: GradientArea | None = None
+        self.area = None
         if size > 1:
             nodes = [range(count) for count in self.num_nodes]
             name = f"gradients {self._number}"
@@ -208,11 +220,11 @@ class Model:
     """Everything that was replicated.
 
     Attributes:
-        num_replicas: number of replicas.
         seed: of the run.
         trained: one per optimizer.
         modules: (prefix of names, module), in the order given.
         others: schedulers, scalers and alike: registered for checkpoints only.
+        division: which replicas each worker plays.
         buffers, guard, integrity: see their classes.
     """
 
@@ -226,8 +238,8 @@ class Model:
         """
         self._group = group
         self._options = options
-        self.num_replicas = options.num_replicas
         self.seed = options.seed
+        self.division = Division.even(group.worker.size, options.num_replicas)
         modules = [t for t in things if isinstance(t, torch.nn.Module)]
         optimizers = [t for t in things if isinstance(t, torch.optim.Optimizer)]
         self.others = [t for t in things if not isinstance(t, torch.nn.Module | torch.optim.Optimizer)]
@@ -241,8 +253,8 @@ class Model:
         # The memory of weights, gradients, and (for most optimizers) two state tensors as large as the weights.
         taken = {id(p): p for o in optimizers for g in o.param_groups for p in g["params"]}
         if group.worker.is_first and group.worker.device == "cpu":
-            scripts = [tree.script_of(group.worker.replicas(options.num_replicas), options.num_replicas)]
-            factor = 3 + group.worker.size * scripts[0].num_buffers
+            script = tree.script_of(self.division.of(0), options.num_replicas)
+            factor = 3 + group.worker.size * script.num_buffers
             check_fits(sum(p.numel() * p.element_size() for p in taken.values()) * factor, "The training state")
         alone = options.all_update and not group.shares_memory
         updating = Solo(Worker(device=group.worker.device)) if alone else group
@@ -256,18 +268,44 @@ class Model:
         give_back()  # the tensors that the parameters were built in
 
     def reseat(self) -> None:
-        """Divide the work among the workers that the group has now; weights and state stay where they are. Collective.
+        """Divide the work evenly among the workers that the group has now. Collective.
 
-        Workers that have joined the group find them there.
+        Weights and state stay where they are; workers that have joined the group find them there.
         """
         self.guard.open()
+        self.division = Division.even(self._group.worker.size, self._options.num_replicas)
         for trained in self.trained:
-            trained.reseat()
+            trained.reseat(self.division)
         for weights in self._frozen:
             weights.reseat(self._group, lay_out(weights.layout.shapes, self._group.worker.size))
-        self.buffers.reseat()
+        self.buffers.reseat(self.division)
         self.guard = self._watch()
         self.integrity.reseat(self.guard)
+
+    def divide(self, division: Division) -> None:
+        """Let each worker play other replicas, between two steps; all else stays as it is. Collective.
+
+        It moves neither weights nor state, so it works where memory is not shared, too.
+        """
+        self.division = division
+        for trained in self.trained:
+            trained.divide(division)
+        self.buffers.reseat(division)
+
+    def gradient_bytes(self, division: Division) -> list[int]:
+        """Return how much memory each worker would have to find for gradients with `division`.
+
+        Where workers share memory, that is what all of them take.
+        """
+        scripts = [tree.script_of(run, division.num_replicas) for run in division.runs]
+        layouts = [trained.weights.layout for trained in self.trained]
+        one = sum(layout.sum_bytes for layout in layouts)
+        if self._group.shares_memory:
+            return [one * sum(script.num_buffers for script in scripts)] * len(scripts)
+        # Its own sums, and its part of everybody's nodes.
+        num_nodes = sum(len(script.nodes) for script in scripts)
+        parts = [sum(len(layout.sum_runs[rank]) for layout in layouts) for rank in range(len(scripts))]
+        return [one * script.num_buffers + part * num_nodes for script, part in zip(scripts, parts, strict=True)]
 
     def _watch(self) -> Guard:
         modules = [module for _, module in self.modules]

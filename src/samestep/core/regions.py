@@ -5,6 +5,7 @@ Every worker keeps the same table, since all ask for the same in the same order;
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 from typing import Any
@@ -31,6 +32,9 @@ class Regions:
             return None
         if region[1] != _whole_pages(num_bytes):
             self._free.append(self._named.pop(name))
+            # Its pages go back to the system. All do this before any of them takes it again: they meet in between.
+            with contextlib.suppress(OSError, ValueError):
+                self.map(region).madvise(mmap.MADV_REMOVE)
             return None
         return self.map(region)
 

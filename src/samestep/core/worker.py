@@ -1,4 +1,4 @@
-"""A worker: a process bound to a device, and the run of replicas that it plays."""
+"""A worker: a process bound to a device."""
 
 from __future__ import annotations
 
@@ -50,7 +50,3 @@ class Worker:
     def is_first(self) -> bool:
         """Whether this worker speaks for the run (rank 0)."""
         return self.rank == 0
-
-    def replicas(self, num_replicas: int) -> range:
-        """Return the run of replicas this worker plays."""
-        return run_of(self.rank, self.size, num_replicas)

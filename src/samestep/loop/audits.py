@@ -9,7 +9,6 @@ from samestep.core.audit import Account, Draw, draw, is_due, place, verdict
 from samestep.core.calls import Calls, line_of_user
 from samestep.core.group import Group
 from samestep.core.model import Model
-from samestep.core.worker import run_of
 from samestep.data.loading import Shard
 from samestep.data.split import Slice, shard_bounds
 from samestep.errors import IntegrityError, SettingsError
@@ -61,8 +60,7 @@ class Audits:
             return None
         bounds = shard_bounds(batch.start, batch.stop, num_replicas)
         replicas = [replica for replica, (start, stop) in enumerate(bounds) if start < stop]
-        size = self._group.worker.size
-        return draw(seeds, replicas, [run_of(rank, size, num_replicas) for rank in range(size)])
+        return draw(seeds, replicas, self._model.division.runs)
 
     def settle(
         self, drawn: Draw, own: Account | None, again: Again, describe: Callable[[int], str]

@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 from samestep.agree.agreement import Live
 from samestep.core.arena import Arena
 from samestep.core.calls import Calls
+from samestep.core.device import free_bytes
 from samestep.core.group import Group, WorkerLost
 from samestep.core.model import Model
-from samestep.core.snapshot import Snapshots
 from samestep.core.worker import Worker
-from samestep.loop.reporter import Reporter
+from samestep.loop.balance import Balance
+from samestep.loop.supervision import Supervision
 
 T = TypeVar("T")
 
@@ -25,22 +26,35 @@ class Crew:
         model: what is divided among them; None until there is one.
         agreed: how replicas agree; None until there is a model.
         num_regroups: how often it was divided anew.
+        balance: decides when replicas move away from a slow worker.
     """
 
-    def __init__(self, group: Group, calls: Calls, reporter: Reporter, snapshots: Snapshots | None):
-        """Begin with the workers that `group` has; `snapshots` know how many calls were recorded."""
+    def __init__(self, group: Group, calls: Calls, supervision: Supervision):
+        """Begin with the workers that `group` has."""
         self.group = group
         self.model: Model | None = None
         self.agreed: Live | None = None
         self.num_regroups = 0
+        self.balance = Balance(supervision.balances)
         self._calls = calls
-        self._reporter = reporter
-        self._snapshots = snapshots
+        self._reporter = supervision.reporter
+        self._snapshots = supervision.snapshots
 
     @property
     def worker(self) -> Worker:
         """This worker, as it is now: ranks change where others die or join."""
         return self.group.worker
+
+    @property
+    def replicas(self) -> range:
+        """Those that this worker plays now."""
+        assert self.model is not None
+        return self.model.division.of(self.worker.rank)
+
+    def facts(self) -> dict[str, Any]:
+        """Return which replicas moved, for the summary."""
+        self.balance.end()
+        return {"moves": [move.to_facts() for move in self.balance.moves]}
 
     def surviving(self, act: Callable[[], T]) -> T:
         """Return what `act` gives; where a worker dies meanwhile, the others divide the work anew and do it again."""
@@ -75,6 +89,7 @@ class Crew:
         group.settle()
         self.model.integrity.watch()
         self.num_regroups += 1
+        self.balance.forget()
         if not self.worker.is_first:
             return
         if not was_first:
@@ -84,3 +99,47 @@ class Crew:
             self._reporter.mended({"first": group.slot, "members": group.members, "dead": dead})
         if set(group.members) - before:
             self._reporter.joined({"members": group.members})
+
+    def rebalance(self, step: int) -> None:
+        """Let replicas move away from workers that are steadily slower. Collective, at the end of each step.
+
+        Args:
+            step: committed steps.
+        """
+        assert self.model is not None and self.agreed is not None
+        division = self.model.division
+        if not self.agreed.can_move or not self.balance.is_due or not 1 < self.worker.size < division.num_replicas:
+            return
+        told = self._told("run.steps (balance)", self.balance.mine)
+        if told is None:
+            return
+        # All weigh the same numbers, so all come to the same.
+        workers = self.group.members if isinstance(self.group, Arena) else range(self.worker.size)
+        move = self.balance.weigh(step, workers, division, told)
+        if move is None:
+            return
+        free = self._told("run.steps (room)", lambda: free_bytes(self.worker.device))
+        if free is None or not _fits(self.model.gradient_bytes(move.after), free):
+            return
+        try:
+            with self.group.mendable():
+                self.model.divide(move.after)
+                self.agreed.reseat()
+        except WorkerLost:
+            self.regroup()
+            return
+        self.num_regroups += 1
+        self.balance.made(move)
+        if self.worker.is_first:
+            self._reporter.note(f"samestep: {move.in_words()}")
+
+    def _told(self, kind: str, make: Callable[[], Any]) -> list[Any] | None:
+        """Return what `make` gives on each worker; None if the work was divided anew meanwhile, so that it is stale."""
+        before = self.num_regroups
+        met = self.surviving(lambda: self._calls.meet(kind, "", make()))
+        return [value for value, _ in met] if self.num_regroups == before else None
+
+
+def _fits(needed: Sequence[int], free: Sequence[int | None]) -> bool:
+    """Return whether each worker has the bytes it needs, as far as it knows: a faster step is not worth a crash."""
+    return all(room is None or room >= num_bytes for num_bytes, room in zip(needed, free, strict=True))

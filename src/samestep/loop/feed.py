@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from samestep.core.randomness import key, seed_sample
-from samestep.core.worker import Worker
 from samestep.data.fingerprint import fingerprint
 from samestep.data.loading import Request, Shard, load
 from samestep.data.permutation import Identity, Order, Permutation
@@ -28,7 +27,7 @@ class Reading:
         seed: of the run.
         shuffle: whether an epoch's order is a permutation.
         num_replicas: shards per batch.
-        worker: whose shards are read.
+        replicas: those whose shards are read, a contiguous run.
         loaders: processes that read ahead.
         skip_bad: whether samples that cannot be read are left out.
     """
@@ -36,7 +35,7 @@ class Reading:
     seed: int
     shuffle: bool
     num_replicas: int
-    worker: Worker
+    replicas: range
     loaders: int
     skip_bad: bool = False
 
@@ -91,9 +90,9 @@ class Feed:
     def batches(
         self, source: Source, slices: Iterator[Slice], reading: Reading
     ) -> Generator[tuple[Slice, Sequence[Shard | None]], None, None]:
-        """Yield each batch with the shards that the worker plays (None where empty). Close it to end the loaders."""
+        """Yield each batch with the shards of these replicas (None where empty). Close it to end the loaders."""
         ahead: deque[Slice] = deque()
-        mine = reading.worker.replicas(reading.num_replicas)
+        mine = reading.replicas
 
         def requests() -> Iterator[Request]:
             for batch in slices:

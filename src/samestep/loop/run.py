@@ -200,7 +200,7 @@ class Run:
             seed=self.recipe.seed,
             shuffle=shuffle,
             num_replicas=self.num_replicas,
-            worker=self.worker,
+            replicas=session.crew.replicas,
             loaders=loaders,
             skip_bad=session.agreed.allowance.skips,
         )

@@ -79,7 +79,7 @@ class Session:
         self.audits: Audits | None = None
         self.whereabouts: Callable[[], str] = str
         self.num_reseeds = 0
-        self.crew = Crew(group, self.calls, supervision.reporter, supervision.snapshots)
+        self.crew = Crew(group, self.calls, supervision)
         self.keeper = Keeper(self, supervision)
         self.replay = Replay(self, self.keeper, supervision)
         self.verifies = supervision.verifies
@@ -236,7 +236,8 @@ class Session:
         self.keeper.at_end()
         weights = tensors_digest(self.model.named_tensors())
         states = [trained.update.full_state() for trained in self.model.trained]
-        met = self.calls.meet("the end of main", "", {**self.record.facts(), "weights": weights})
+        mine = {**self.record.facts(), **self.crew.facts(), "weights": weights}
+        met = self.calls.meet("the end of main", "", mine)
         parts = [value for value, _ in met]
         for rank, part in enumerate(parts):
             if part["weights"] != parts[0]["weights"]:

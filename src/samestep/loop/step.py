@@ -20,6 +20,7 @@ import torch
 from samestep.agree.meeting import Outcome, Part, Request
 from samestep.core.audit import Account, Draw
 from samestep.core.calls import line_of_user
+from samestep.core.device import synchronize
 from samestep.core.group import WorkerLost
 from samestep.core.randomness import seed_shard, seed_step
 from samestep.data.loading import Shard
@@ -158,9 +159,7 @@ class Step:
         self._broken = None
         agreed = session.agreed
         agreed.begin_pass()
-        for index, (replica, shard) in enumerate(
-            zip(session.worker.replicas(self._num_replicas), self._shards, strict=True)
-        ):
+        for index, (replica, shard) in enumerate(zip(session.crew.replicas, self._shards, strict=True)):
             agreed.begin_shard(index, replica)
             ear = Ear(model, shard) if drawn is not None and drawn.replica == replica else None
             if shard is not None:
@@ -174,6 +173,11 @@ class Step:
             session.clock.to(before)
             if ear is not None:
                 account = ear.account(self._part.losses, replica)
+        if session.worker.size > 1:
+            # A GPU may still be at it: what its shards take is not to be counted as waiting.
+            before = session.clock.to("compute")
+            synchronize(session.worker.device)
+            session.clock.to(before)
         return account
 
     def _shard(self, replica: int, shard: Shard) -> Iterator[Any]:

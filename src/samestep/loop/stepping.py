@@ -15,7 +15,6 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from samestep.agree.meeting import Outcome, Part
 from samestep.core.randomness import seed_step
 from samestep.core.whole_update import WholeUpdate
-from samestep.core.worker import Worker
 from samestep.data.proof import SampleCount
 from samestep.data.shard import Shard
 from samestep.data.split import Slice
@@ -36,20 +35,20 @@ class Walk:
     reading: Reading
 
     def stream(
-        self, worker: Worker, slices: Iterator[Slice], ahead: deque[Slice]
+        self, replicas: range, slices: Iterator[Slice], ahead: deque[Slice]
     ) -> Generator[tuple[Slice, Any], None, None]:
-        """Return what `worker` reads of `slices`, lazily; `ahead` takes what was asked for. The caller removes it."""
+        """Return the shards of `replicas`, lazily; `ahead` takes the slices asked for. The caller removes them."""
 
         def taken() -> Iterator[Slice]:
             for batch in slices:
                 ahead.append(batch)
                 yield batch
 
-        return self.feed.batches(self.source, taken(), replace(self.reading, worker=worker))
+        return self.feed.batches(self.source, taken(), replace(self.reading, replicas=replicas))
 
-    def read(self, worker: Worker, batch: Slice) -> Sequence[Shard | None]:
-        """Return what `worker` reads of one batch, now."""
-        reading = replace(self.reading, loaders=0, worker=worker)
+    def read(self, replicas: range, batch: Slice) -> Sequence[Shard | None]:
+        """Return the shards of `replicas` of one batch, now."""
+        reading = replace(self.reading, loaders=0, replicas=replicas)
         ((_, shards),) = self.feed.batches(self.source, iter([batch]), reading)
         return shards
 
@@ -83,7 +82,7 @@ class Stepping:
 
     def walk(self, walk: Walk | ClientWalk, slices: Iterator[Slice]) -> Iterator[Step]:
         """Yield the steps of `slices`; those that a resumed run has behind it without shards."""
-        session, clock = self.session, self.session.clock
+        session, clock, crew = self.session, self.session.clock, self.session.crew
         while session.replaying:
             batch = next(slices, None)
             if batch is None:
@@ -92,16 +91,16 @@ class Stepping:
             yield from self._one(walk, batch, None)
             self._after_step(last=False)
         ahead: deque[Slice] = deque()
-        is_first, divided, stream = True, session.crew.num_regroups, walk.stream(session.worker, slices, ahead)
+        is_first, divided, stream = True, crew.num_regroups, walk.stream(crew.replicas, slices, ahead)
         try:
             while True:
-                if session.crew.num_regroups != divided:
+                if crew.num_regroups != divided:
                     # Other replicas fall to this worker now, also of what was read ahead.
                     stream.close()
-                    slices, divided = itertools.chain(tuple(ahead), slices), session.crew.num_regroups
+                    slices, divided = itertools.chain(tuple(ahead), slices), crew.num_regroups
                     ahead.clear()
-                    stream = walk.stream(session.worker, slices, ahead)
-                begin = time.perf_counter()
+                    stream = walk.stream(crew.replicas, slices, ahead)
+                begin, worked = time.perf_counter(), clock.worked()
                 clock.begin_step(session.record.num_steps, is_first)
                 is_first = False
                 before = clock.to("data")
@@ -117,7 +116,10 @@ class Stepping:
                 batch, shards = loaded
                 ahead.popleft()
                 yield from self._one(walk, batch, self._on_device(shards))
-                session.record.timed(batch.size, time.perf_counter() - begin)
+                taken = time.perf_counter() - begin
+                session.record.timed(batch.size, taken)
+                num_shards = sum(shard is not None and shard.size > 0 for shard in shards)
+                crew.balance.took(num_shards, clock.worked() - worked, taken)
                 self._after_step(last=False)
         finally:
             stream.close()
@@ -174,15 +176,12 @@ class Stepping:
     def read(self, batch: Slice) -> Sequence[Shard | None]:
         """Return the shards of a batch that were not read ahead."""
         assert self._walk is not None
-        return self._on_device(self._walk.read(self.session.worker, batch))
+        return self._on_device(self._walk.read(self.session.crew.replicas, batch))
 
     def read_one(self, batch: Slice, replica: int) -> Shard | None:
         """Return the shard of one replica, whoever plays it."""
         assert self._walk is not None
-        session = self.session
-        # As if each replica had a worker of its own.
-        alone = replace(session.worker, rank=replica, size=session.num_replicas)
-        return self._on_device(self._walk.read(alone, batch))[0]
+        return self._on_device(self._walk.read(range(replica, replica + 1), batch))[0]
 
     def ids(self, batch: Slice, start: int, stop: int) -> Any:
         """Return the sample ids at positions [start, stop) of the batch's epoch."""
@@ -210,6 +209,8 @@ class Stepping:
             if last:
                 self.session.agreed.settle()
             self.session.keeper.after_step(last)
+            if not last:
+                self.session.crew.rebalance(self.session.record.num_steps)
 
     def _on_device(self, shards: Sequence[Shard | None]) -> Sequence[Shard | None]:
         device = self.session.worker.device

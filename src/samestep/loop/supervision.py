@@ -51,6 +51,7 @@ class Supervision:
         orders: what the supervisor wants of the run, or None.
         joins: this worker takes the place of one that has died, in a run that is under way.
         verifies: whether memory is looked at for flipped bits.
+        balances: whether replicas move away from slow workers.
         writer: writes checkpoints beside training, or None.
     """
 
@@ -60,4 +61,5 @@ class Supervision:
     orders: Orders | None = None
     joins: bool = False
     verifies: bool = True
+    balances: bool = True
     writer: Writer | None = None

@@ -142,6 +142,7 @@ def _all_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("memory", used),
         ("fleet", _fleet_in_words(facts)),
         ("agreement", _agreement_in_words(facts)),
+        *(("balance", move["words"]) for move in facts.get("moves") or ()),
         ("samples", _samples_in_words(facts)),
         ("privacy", facts.get("privacy") or ""),
         ("weights", _digest_in_words(facts)),

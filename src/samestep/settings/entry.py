@@ -45,6 +45,7 @@ class Saving(TypedDict, total=False):
     accept: str | Sequence[str] | None
     hang_after: float | None
     protect: bool | None
+    balance: bool | None
 
 
 def launch(
@@ -71,6 +72,7 @@ def launch(
         threads: intra-op threads of each worker, part of the recipe.
         protect: keep the newest state in memory, so that the run survives dead workers (default). False saves that
             memory (as much as weights and optimizer state, once or twice); a dead worker then ends the run.
+        balance: let replicas move away from workers that are steadily slower (default). The result stays the same.
         hang_after: seconds without progress after which a worker is replaced, or 8 times the usual step if that is
             longer; default 5; 0 for never.
         checkpoint: folder for checkpoints.
@@ -107,6 +109,7 @@ def launch(
         accept=words_of(accept) if accept is not None else None,
         hang_after=saving.get("hang_after"),
         protect=saving.get("protect"),
+        balance=saving.get("balance"),
         device=environment.device_kind(),
     )
     context = current()

@@ -34,6 +34,7 @@ class Options:
         device: "cpu" or "cuda".
         hang_after: seconds after which a worker that makes no progress counts as hung; 0 for never.
         protect: whether the newest state is kept in memory, so that the run survives dead workers; True by default.
+        balance: whether replicas move away from workers that are steadily slower; True by default.
         trace: steps to record tensor digests of, then stop.
         accept: kinds of differences that are let pass (see `ACCEPTABLE`).
     """
@@ -49,6 +50,7 @@ class Options:
     device: str | None = None
     hang_after: float | None = None
     protect: bool | None = None
+    balance: bool | None = None
     trace: int | None = None
     accept: tuple[str, ...] | None = None
 

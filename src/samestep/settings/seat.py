@@ -100,6 +100,7 @@ def take_part(context: WorkerContext, main: Main, asked: Options) -> Any:
             orders=context.orders,
             joins=context.joins,
             verifies=options.protect is not False,
+            balances=options.balance is not False,
             writer=context.writer,
         )
         result, facts = play(main, options, context.group, supervision)
@@ -147,7 +148,11 @@ def take_part_in_group(main: Main, asked: Options, audience: Any) -> Any:
     join = ProcessGroup if torch.distributed.is_initialized() else ProcessGroup.join
     group = join(replace(worker, device=device), staged=staged)
     try:
-        supervision = Supervision(reporter=audience.reporter(worker.is_first), verifies=asked.protect is not False)
+        supervision = Supervision(
+            reporter=audience.reporter(worker.is_first),
+            verifies=asked.protect is not False,
+            balances=asked.balance is not False,
+        )
         result, facts = play(main, asked, group, supervision)
     finally:
         group.close()
