@@ -174,6 +174,8 @@ class LiveFederated(Live):
     """One worker's side of federated averaging."""
 
     recipe: Federated
+    # Clients differ in work, so the time of some says little about their worker.
+    can_move = False
 
     def __init__(self, *bound: Any):
         super().__init__(*bound)
