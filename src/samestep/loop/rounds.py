@@ -47,7 +47,7 @@ _NUM_SLOW = 4
 """Clients at most whose content is looked at where reading runs user code."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Local:
     """How a client trains in a round.
 
@@ -56,14 +56,22 @@ class Local:
         epochs: how often it goes over its data.
         shuffle: whether each time in another order.
         collate: makes a batch of a list of samples; torch's default if None.
+        loaders, drop_last: what clients do not have.
     """
 
-    batch_size: int
+    batch_size: Any
     epochs: int
     shuffle: bool
     collate: Callable[[list], Any] | None
+    loaders: int
+    drop_last: bool
 
     def __post_init__(self) -> None:
+        if callable(self.batch_size) or self.loaders or self.drop_last:
+            raise SettingsError(
+                "You set batch_size to a function, loaders or drop_last for clients. A client reads its own data when "
+                "it trains, all of it, in batches of one size; leave these out."
+            )
         for name, value in (("batch_size", self.batch_size), ("epochs", self.epochs)):
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST_EPOCHS:
                 raise SettingsError(

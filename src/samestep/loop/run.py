@@ -148,12 +148,10 @@ class Run:
         """Return the steps over `data`. Called again for the same data, epochs go on counting.
 
         Args:
-            data: a map-style dataset, a list, an array or tensor, or a tuple or dict of arrays or tensors. Under
-                agree=Federated(...) the Clients.
-            batch_size: samples per step over all replicas, or a function of the step's number. With Clients samples of
-                one local step.
+            data: a map-style dataset, a list, an array or tensor, a tuple or dict of arrays or tensors, or Clients.
+            batch_size: samples per step over all replicas, or a function of the step's number; of Clients per batch.
             epochs: how many epochs; or
-            steps: how many steps. With Clients: `steps` rounds, in which each goes `epochs` times over its data.
+            steps: how many steps. Of Clients: `steps` rounds, in each of which one goes `epochs` times over its data.
             shuffle: whether each epoch has an order of its own (a function of seed and epoch), or the data's.
             collate: a list of samples -> a batch; torch's default_collate by default.
             loaders: processes per worker that read ahead.
@@ -165,14 +163,7 @@ class Run:
         self.model  # noqa: B018  raises if nothing is replicated
         session = self._session
         if isinstance(data, Clients) or isinstance(session.agreed, LiveFederated):
-            if callable(batch_size) or loaders or drop_last:
-                raise SettingsError(
-                    "You set batch_size to a function, loaders or drop_last for clients. A client reads its own data "
-                    "when it trains, all of it, in batches of one size; leave these out."
-                )
-            local = Local(
-                batch_size=batch_size, epochs=1 if epochs is None else epochs, shuffle=shuffle, collate=collate
-            )
+            local = Local(batch_size, 1 if epochs is None else epochs, shuffle, collate, loaders, drop_last)
             return self._stepping.walk(*begin_rounds(session, data, local, steps))
         source = as_source(data, collate)
         feed = session.feed(data, len(source))
