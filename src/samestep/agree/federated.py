@@ -271,7 +271,8 @@ class LiveFederated(Live):
         return {}, {"rounds": self._num_rounds}
 
     def load(self, tensors: Mapping[str, torch.Tensor], values: Any) -> None:
-        self._num_rounds = values["rounds"] if values is not None else 0
+        # What was told of clients stays told: weights of an earlier round give no budget back.
+        self._num_rounds = max(self._num_rounds, values["rounds"] if values is not None else 0)
 
     def take_over(self, values: Any) -> None:
         self._num_rounds = values["rounds"]

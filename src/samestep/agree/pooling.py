@@ -172,6 +172,7 @@ class Words(Pool):
     def begin(self, cohort: Cohort) -> None:
         self._cohort = cohort
         self._round: MaskedRound = self._masking.bind(cohort.drawn, cohort.seed, cohort.number)
+        self._mine = torch.zeros(self._starts[-1], dtype=self._dtype)
         self._row(self._group.worker.rank).zero_()
 
     def add(self, leaf: int, client: int, update: Difference, factor: float) -> None:
@@ -184,7 +185,9 @@ class Words(Pool):
                 draws = (cohort.seed, cohort.number, client, index)
                 words[self._starts[index] : self._starts[index + 1]] = numbers.encode(flat.mul_(factor), draws)
         self._round.mask(client, words)
-        numbers.add(self._row(self._group.worker.rank), words)
+        numbers.add(self._mine, words)
+        # Others read it after they have met.
+        self._row(self._group.worker.rank).copy_(self._mine)
 
     def meet(self) -> None:
         self._round.check(self._cohort.delivering)
@@ -202,7 +205,7 @@ class Words(Pool):
         first, end = (self._starts[piece.parameter] + at for at in (piece.start, piece.stop))
         total = torch.zeros(end - first, dtype=self._dtype)
         for rank in range(self._group.worker.size):
-            numbers.add(total, self._row(rank)[first:end])
+            numbers.add(total, self._row(rank)[first:end].cpu())
         self._round.unmask(total, self._cohort.delivering, first)
         mean = numbers.decode(total).div_(self._cohort.total)
         return mean.to(weights.memory.device, sum_dtype(weights.views[piece.parameter].dtype))
