@@ -104,7 +104,7 @@ class Listener:
     @property
     def deaths(self) -> list[str]:
         """What was told of deaths."""
-        return [note for note in self.notes if not note.endswith("is back.")]
+        return [n for n in self.notes if not n.endswith("is back.") and "Replicas moved after" not in n]
 
     def frame(self, frame: Any) -> bool:
         if frame.kind == "finished":
@@ -156,7 +156,7 @@ def violations(outcome: Any, listener: Listener, expected: dict[str, Any], num_f
     if listener.steps != sorted(listener.steps):
         wrong.append(f"progress went back: {listener.steps}")
     if len(listener.deaths) > num_faults:
-        wrong.append(f"{len(listener.deaths)} deaths for {num_faults} faults")
+        wrong.append(f"{len(listener.deaths)} deaths for {num_faults} faults: {listener.deaths}"[:600])
     if os.listdir("/proc/self/task") != [str(os.getpid())]:
         wrong.append("a thread is left")
     try:

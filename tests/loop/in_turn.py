@@ -89,6 +89,7 @@ class Agreed:
         self.allowance = Allowance(rule)
         self.begin_pass = self.begin_shard = self.leave_shard = self.end_shard = self.settle = nothing
         self.facts = dict
+        self.can_move = True
 
     def update(self, request: Any, part: Any) -> Outcome:
         parts, values = self.fleet.parts, self.fleet.values

@@ -105,11 +105,10 @@ class Apart:
         return wire.pack(told) if told else b""
 
     def settle(self, frames: Sequence[bytes]) -> None:
-        """Act on what `step` gave on each worker, in rank order. Collective."""
+        """Act on what `step` gave: on each worker, in rank order, or here where memory is not shared. Collective."""
         heard = [wire.unpack(frame) if frame else {} for frame in frames]
         for replica in sorted({r for notices in heard for r in notices} & self.owns.keys()):
-            # Where memory is not shared, nobody else has this replica.
-            told = [notices.get(replica) for notices in heard] if self._group.shares_memory else [None]
+            told = [notices.get(replica) for notices in heard]
             self.owns[replica].update.settle(told)
 
     def begin(self, replicas: Iterable[int], parameters: Sequence[int] | None = None) -> None:

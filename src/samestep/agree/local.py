@@ -223,8 +223,11 @@ class LiveLocal(Live):
         """Let the replicas played here step by themselves. Collective."""
         frame = apart.step(request, norms)
         self.model.buffers.keep(r for r in apart.mine if r in met.changed)
-        frames = [theirs for _, theirs in self.calls.meet("step.update (commit)", request.where, None, frame)]
-        self.clock.to("update")
+        frames = [frame]
+        if self.group.shares_memory:
+            # Others must know what a replica has before they play it.
+            frames = [theirs for _, theirs in self.calls.meet("step.update (commit)", request.where, None, frame)]
+            self.clock.to("update")
         apart.settle(frames)
         for items in self._since[request.optimizer]:
             for replica, count in met.weights.items():

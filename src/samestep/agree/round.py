@@ -64,19 +64,20 @@ def reach(
         for index, difference in zip(parameters, differences.get(replica, ()), strict=False):
             trained.gradients.give(index, difference.mul_(shares[replica]))
         trained.gradients.end_shard()
-    met = live.calls.meet("the round (reduce)", where, None, trained.gradients.presence() or b"")
+    # Who updates alone needs nobody: it finds by itself what is missing.
+    frames = [trained.gradients.presence() or b""]
+    if group.shares_memory:
+        frames = [theirs for _, theirs in live.calls.meet("the round (reduce)", where, None, frames[0])]
     live.clock.to("update")
     if trained.area is not None:
         trained.area.collect()
     live.model.guard.open()
-    # A lone updater finds by itself what is missing.
-    frames = [frame for _, frame in met] if group.shares_memory else [b""]
     trained.update.apply(trained.sums, absent_of(frames, trained), 1.0)
     notice = trained.update.notice()
-    told = b"" if notice is None else wire.pack(notice)
-    met = live.calls.meet("the round (commit)", where, None, told)
+    frames = [b"" if notice is None else wire.pack(notice)]
+    if group.shares_memory:
+        frames = [theirs for _, theirs in live.calls.meet("the round (commit)", where, None, frames[0])]
     live.clock.to("update")
-    frames = [frame for _, frame in met] if group.shares_memory else [told]
     trained.update.settle([wire.unpack(frame) if frame else None for frame in frames])
     coding.commit()
     live.model.guard.accept_update()

@@ -3,13 +3,15 @@
 Every transfer goes directly from the worker that has the bytes to the worker that needs them. Together this moves
 what a ring moves, in one hop, and nothing is added up on the way: the owner adds, in tree order.
 
-    exchange        one all-to-all of small slots; longer messages send their rest in a second round
+    exchange        one all-to-all of small slots, as large as the last messages; longer ones send their rest in a
+                    second round
     gradient_area   each node's runs go to their owners (the reduce-scatter, without its sum)
     share           each owner's run goes to everybody (the all-gather), in place
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,9 +24,10 @@ from samestep.core.group import GradientArea, Group, aligned_zeros
 from samestep.core.worker import Worker
 from samestep.errors import PeerError, SettingsError, UsageError
 
-_SLOT_BYTES = 4096
+_LEAST_SLOT, _MOST_SLOT, _SLOT_STEP = 256, 4096, 128
+"""Bytes."""
+_NUM_RECENT = 8
 _LENGTH_BYTES = 8
-_ROOM_BYTES = _SLOT_BYTES - _LENGTH_BYTES
 
 _MEETING_PLACES = {"env": "env://", "tcp": "tcp://host:port", "file": "file:///path"}
 
@@ -72,8 +75,8 @@ class ProcessGroup(Group):
             self._bulk = self._control
             if is_cuda(worker.device) and not staged:
                 self._bulk = dist.new_group(backend="nccl", timeout=timeout)
-        self._out = torch.zeros(worker.size, _SLOT_BYTES, dtype=torch.uint8)
-        self._in = torch.zeros(worker.size, _SLOT_BYTES, dtype=torch.uint8)
+        self._recent: deque[int] = deque(maxlen=_NUM_RECENT)
+        self._out = self._in = torch.zeros(worker.size, _LEAST_SLOT, dtype=torch.uint8)
         self._warm_up()
 
     @classmethod
@@ -127,26 +130,37 @@ class ProcessGroup(Group):
 
     def exchange(self, message: bytes) -> list[bytes]:
         rank, size = self.worker.rank, self.worker.size
-        head = len(message).to_bytes(_LENGTH_BYTES, "little") + message[:_ROOM_BYTES]
+        room = self._make_slots()
+        head = len(message).to_bytes(_LENGTH_BYTES, "little") + message[:room]
         self._out[:, : len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
         with self._peers("exchange"):
             dist.all_to_all_single(self._in, self._out, group=self._control)
         slots = self._in.numpy()
         lengths = [int.from_bytes(slot[:_LENGTH_BYTES].tobytes(), "little") for slot in slots]
         replies = [slot[_LENGTH_BYTES : _LENGTH_BYTES + n].tobytes() for slot, n in zip(slots, lengths, strict=True)]
-        if max(lengths) <= _ROOM_BYTES:
+        self._recent.append(max(lengths))
+        if max(lengths) <= room:
             return replies
-        rests = {w: bytearray(lengths[w] - _ROOM_BYTES) for w in range(size) if w != rank and lengths[w] > _ROOM_BYTES}
+        rests = {w: bytearray(lengths[w] - room) for w in range(size) if w != rank and lengths[w] > room}
         receives = [(torch.frombuffer(rest, dtype=torch.uint8), w) for w, rest in rests.items()]
         sends = []
-        if len(message) > _ROOM_BYTES:
-            rest = torch.frombuffer(bytearray(message[_ROOM_BYTES:]), dtype=torch.uint8)
+        if len(message) > room:
+            rest = torch.frombuffer(bytearray(message[room:]), dtype=torch.uint8)
             sends = [(rest, w) for w in range(size) if w != rank]
         with self._peers("exchange"):
             _transfer(self._control, sends, receives)
         replies = [replies[w] + rests.get(w, b"") for w in range(size)]
         replies[rank] = bytes(message)
         return replies
+
+    def _make_slots(self) -> int:
+        """Make slots for messages like the last ones, which all workers know; return what one holds of a message."""
+        longest = max(self._recent, default=0) + _LENGTH_BYTES
+        num_bytes = min(max(-(-longest // _SLOT_STEP) * _SLOT_STEP, _LEAST_SLOT), _MOST_SLOT)
+        if self._out.shape[1] != num_bytes or self._out is self._in:
+            self._out = torch.zeros(self.worker.size, num_bytes, dtype=torch.uint8)
+            self._in = torch.zeros(self.worker.size, num_bytes, dtype=torch.uint8)
+        return num_bytes - _LENGTH_BYTES
 
     def allocate(self, num_bytes: int, name: str = "") -> torch.Tensor:
         return aligned_zeros(num_bytes, self.worker.device)
