@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from samestep.agree.federated import Federated
     from samestep.agree.local import Local
     from samestep.agree.outer import Adaptive, Average, Momentum, Nesterov
     from samestep.agree.synchronous import Synchronous
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
         UsageError,
         WorkerError,
     )
+    from samestep.federated.aggregation import Median, NormBound, TrimmedMean, WeightedMean
+    from samestep.federated.clients import Clients
+    from samestep.federated.fixed_point import FixedPoint
+    from samestep.federated.masking import Masking
+    from samestep.federated.privacy import Privacy
     from samestep.loop.run import Run
     from samestep.loop.step import Step
     from samestep.settings import launch
@@ -41,6 +47,15 @@ _HOMES = {
     "Run": "samestep.loop.run",
     "Step": "samestep.loop.step",
     "Synchronous": "samestep.agree.synchronous",
+    "Federated": "samestep.agree.federated",
+    "Clients": "samestep.federated.clients",
+    "WeightedMean": "samestep.federated.aggregation",
+    "NormBound": "samestep.federated.aggregation",
+    "TrimmedMean": "samestep.federated.aggregation",
+    "Median": "samestep.federated.aggregation",
+    "Masking": "samestep.federated.masking",
+    "FixedPoint": "samestep.federated.fixed_point",
+    "Privacy": "samestep.federated.privacy",
 }
 """Where a name lives, if not among the errors."""
 _ROOMS = ("codecs",)
@@ -51,22 +66,31 @@ __all__ = [
     "Average",
     "BudgetError",
     "CheckpointError",
+    "Clients",
     "DataError",
     "EditedWeightsError",
+    "Federated",
+    "FixedPoint",
     "IntegrityError",
     "Local",
+    "Masking",
+    "Median",
     "MismatchError",
     "Momentum",
     "Nesterov",
     "NonFiniteError",
+    "NormBound",
     "PeerError",
+    "Privacy",
     "Run",
     "SamestepError",
     "SettingsError",
     "Step",
     "Synchronous",
+    "TrimmedMean",
     "UnmaskingError",
     "UsageError",
+    "WeightedMean",
     "WorkerError",
     "launch",
 ]

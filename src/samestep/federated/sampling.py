@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from samestep.core.randomness import key
 from samestep.errors import SettingsError
 
-_SAMPLE, _DROP = 41, 42
+_SAMPLE, _DROP, _PACE = 41, 42, 48
 """First parts of keys, so that draws for different ends are unrelated."""
 
 
@@ -101,3 +101,8 @@ def drops_of(round: int, rate: float, clients: Sequence[int], seed: int) -> list
 def _chance(purpose: int, seed: int, round: int, client: int) -> float:
     """Return a number in [0, 1)."""
     return (key(purpose, seed, round, client) >> 11) * 2.0**-53
+
+
+def pace_of(round: int, spread: float, client: int, seed: int) -> float:
+    """Return how many times as long as usual a client takes in a round, in a simulation: 1 up to `spread`, uniform."""
+    return 1.0 + (spread - 1.0) * _chance(_PACE, seed, round, client)

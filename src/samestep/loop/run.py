@@ -14,6 +14,7 @@ import torch
 
 from samestep.agree.agreement import Agreement
 from samestep.agree.allowance import Allowance, OnBadSample
+from samestep.agree.federated import LiveFederated
 from samestep.agree.nonfinite import Nonfinite, Tolerance
 from samestep.agree.synchronous import Synchronous
 from samestep.core.buffers import Rule
@@ -25,12 +26,14 @@ from samestep.core.worker import Worker
 from samestep.data.source import as_source
 from samestep.data.split import schedule
 from samestep.errors import SettingsError, UsageError
+from samestep.federated.clients import Clients
 from samestep.loop.audits import Audits
 from samestep.loop.evaluation import Evaluation, evaluating
 from samestep.loop.feed import Reading
+from samestep.loop.rounds import Local, begin_rounds
 from samestep.loop.session import Session
 from samestep.loop.step import Step
-from samestep.loop.stepping import Stepping
+from samestep.loop.stepping import Stepping, Walk
 from samestep.storage.checkpoint import load_newest
 from samestep.storage.digest import tensors_digest
 
@@ -147,10 +150,10 @@ class Run:
         """Return the steps over `data`. Called again for the same data, epochs go on counting.
 
         Args:
-            data: a map-style dataset, a list, an array or tensor, or a tuple or dict of arrays or tensors.
-            batch_size: samples per step over all replicas, or a function of the step's number.
+            data: a map-style dataset, a list, an array or tensor, a tuple or dict of arrays or tensors, or Clients.
+            batch_size: samples per step over all replicas, or a function of the step's number; of Clients per batch.
             epochs: how many epochs; or
-            steps: how many steps.
+            steps: how many steps. Of Clients: `steps` rounds, in each of which one goes `epochs` times over its data.
             shuffle: whether each epoch has an order of its own (a function of seed and epoch), or the data's.
             collate: a list of samples -> a batch; torch's default_collate by default.
             loaders: processes per worker that read ahead.
@@ -161,6 +164,9 @@ class Run:
         """
         self.model  # noqa: B018  raises if nothing is replicated
         session = self._session
+        if isinstance(data, Clients) or isinstance(session.agreed, LiveFederated):
+            local = Local(batch_size, 1 if epochs is None else epochs, shuffle, collate, loaders, drop_last)
+            return self._stepping.walk(*begin_rounds(session, data, local, steps))
         source = as_source(data, collate)
         feed = session.feed(data, len(source))
         feed.use_shuffle(shuffle)
@@ -192,12 +198,10 @@ class Run:
             skip_bad=session.agreed.allowance.skips,
         )
         session.plan(len(source), batch_size, epochs, steps)
-        return self._stepping.walk(feed, source, slices, reading)
+        return self._stepping.walk(Walk(feed, source, reading), slices)
 
     def mean(self, fn: Callable[[Any], Any], data: Any, batch_size: int, collate: Any = None) -> Any:
-        """Return the mean of `fn` over all samples of `data`: each once, same bits for every number of workers.
-
-        Modules are in eval mode and without gradients meanwhile.
+        """Return the mean of `fn` over all samples of `data`, each once, in eval mode and without gradients.
 
         Args:
             fn: batch -> a scalar mean over it, one value per sample, or a dict of these.
@@ -307,9 +311,7 @@ class Run:
         self._session.save(str(path), line_of_user())
 
     def load(self, path: str) -> None:
-        """Load weights and all registered state from a checkpoint, without going back to its step.
-
-        It may have been made under another way to agree; what that one kept for itself is left out then.
+        """Load weights and all registered state from a checkpoint, of any way to agree, without going back to its step.
 
         Raises:
             CheckpointError: there is no good one. MismatchError: it is of another model.

@@ -157,11 +157,11 @@ class Session:
 
         return wire.unpack(self.crew.surviving(tell))
 
-    def feed(self, data: Any, num_samples: int) -> Feed:
-        """Return the feed of `data`; the same one whenever the same data is given."""
+    def feed(self, data: Any, num_samples: int, kind: type[Feed] = Feed) -> Feed:
+        """Return the feed of `data`, of that kind; the same one whenever the same data is given."""
         key = _identity(data)
         if key not in self.feeds:
-            self.feeds[key] = Feed(data, num_samples, (self.recipe.seed, len(self.feeds)))
+            self.feeds[key] = kind(data, num_samples, (self.recipe.seed, len(self.feeds)))
         return self.feeds[key]
 
     def check_data(self, facts: dict[str, Any]) -> None:

@@ -324,7 +324,7 @@ class Step:
         where = line_of_user()
         _check_update(self, where, clip_norm)
         choices = Choices(where=where, optimizer=optimizer, clip_norm=clip_norm, scaler=scaler, transform=transform)
-        if self.pass_ == 0 and self._shards is not None:
+        if self.pass_ == 0 and self._shards:
             # Told to all: what a worker has read must not be lost with it.
             self._part.read = count_read(self.epoch, self._shards)
         self._outcome = self._driver.update(self, self._part, choices)

@@ -18,15 +18,16 @@ from samestep.core.whole_update import WholeUpdate
 from samestep.data.proof import SampleCount
 from samestep.data.shard import Shard
 from samestep.data.split import Slice
-from samestep.errors import UsageError
+from samestep.errors import BudgetError, UsageError
 from samestep.loop.evaluation import on_device
 from samestep.loop.feed import Feed, Reading
+from samestep.loop.rounds import ClientWalk
 from samestep.loop.session import Session
-from samestep.loop.step import Choices, Step, request_of
+from samestep.loop.step import Choices, Driver, Step, request_of
 
 
 @dataclass(frozen=True)
-class _Walk:
+class Walk:
     """One call of `run.steps`: what it reads, and how."""
 
     feed: Feed
@@ -51,6 +52,10 @@ class _Walk:
         ((_, shards),) = self.feed.batches(self.source, iter([batch]), reading)
         return shards
 
+    def step(self, driver: Driver, batch: Slice, shards: Sequence[Shard | None] | None) -> Step:
+        """Return the step of a batch."""
+        return Step(driver, batch, shards)
+
 
 class Stepping:
     """One worker's way through its steps.
@@ -63,7 +68,7 @@ class Stepping:
         self.session = session
         session.whereabouts = self._whereabouts
         self._step: Step | None = None
-        self._walk: _Walk | None = None
+        self._walk: Walk | ClientWalk | None = None
 
     def check_outside_shard(self, name: str) -> None:
         """Check that the user's code is between steps, as a call of `name` needs.
@@ -81,10 +86,9 @@ class Stepping:
             return ""
         return f"this happened in {self._step.describe(self._step.left_in)}"
 
-    def walk(self, feed: Feed, source: Any, slices: Iterator[Slice], reading: Reading) -> Iterator[Step]:
+    def walk(self, walk: Walk | ClientWalk, slices: Iterator[Slice]) -> Iterator[Step]:
         """Yield the steps of `slices`; those that a resumed run has behind it without shards."""
         session, clock, crew = self.session, self.session.clock, self.session.crew
-        walk = _Walk(feed, source, reading)
         while session.replaying:
             batch = next(slices, None)
             if batch is None:
@@ -108,6 +112,9 @@ class Stepping:
                 before = clock.to("data")
                 try:
                     loaded = next(stream, None)
+                except BudgetError:
+                    self._after_step(last=True)
+                    raise
                 finally:
                     clock.to(before)
                 if loaded is None:
@@ -189,11 +196,11 @@ class Stepping:
         assert self._walk is not None
         return self._walk.feed.order(batch.epoch).ids(start, stop)
 
-    def _one(self, walk: _Walk, batch: Slice, shards: Sequence[Shard | None] | None) -> Iterator[Step]:
+    def _one(self, walk: Walk | ClientWalk, batch: Slice, shards: Sequence[Shard | None] | None) -> Iterator[Step]:
         """Yield one step and see that it was updated."""
         seed_step(self.session.recipe.seed, batch.number)
         self._walk = walk
-        self._step = step = Step(self, batch, shards)
+        self._step = step = walk.step(self, batch, shards)
         yield step
         if not step.updated:
             raise UsageError(

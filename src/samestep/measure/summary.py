@@ -35,7 +35,7 @@ def advice(facts: dict[str, Any]) -> str:
     workers = facts.get("workers") or 1
     if not shares or facts.get("seconds_total", _TOO_SHORT) < _TOO_SHORT:
         return ""
-    if shares.get("data", 0.0) > 0.20:
+    if shares.get("data", 0.0) > 0.20 and not facts.get("clients"):
         return (
             f"Loading data took {shares['data']:.0%} of the time. Read ahead in background processes: "
             "run.steps(..., loaders=2)."
@@ -144,6 +144,7 @@ def _all_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("agreement", _agreement_in_words(facts)),
         *(("balance", move["words"]) for move in facts.get("moves") or ()),
         ("samples", _samples_in_words(facts)),
+        ("privacy", facts.get("privacy") or ""),
         ("weights", _digest_in_words(facts)),
         ("memory checks", _checks_in_words(facts)),
         ("audits", _audits_in_words(facts)),
