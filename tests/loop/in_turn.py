@@ -233,6 +233,7 @@ def _model(division: Division) -> Any:
     return SimpleNamespace(
         modules=[],
         others=[],
+        states=[],
         division=division,
         divide=nothing,
         trained=[SimpleNamespace(optimizer=optimizer, gradients=gradients, update=update)],

@@ -60,9 +60,11 @@ class Live(ABC):
         recipe: what it is the live form of.
         model, group, calls, clock, tolerance, allowance: as given to `bind`.
         can_move: whether replicas can be played by other workers from one step to the next.
+        sums_gradients: whether there is one update, from the sum of all replicas' gradients.
     """
 
     can_move = True
+    sums_gradients = True
 
     def __init__(
         self,

@@ -174,6 +174,7 @@ class LiveFederated(Live):
     """One worker's side of federated averaging."""
 
     recipe: Federated
+    sums_gradients = False
     # Clients differ in work, so the time of some says little about their worker.
     can_move = False
 

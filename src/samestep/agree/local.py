@@ -89,6 +89,7 @@ class LiveLocal(Live):
     """One worker's side of local steps."""
 
     recipe: Local
+    sums_gradients = False
 
     def __init__(self, *bound: Any):
         super().__init__(*bound)

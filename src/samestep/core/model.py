@@ -24,6 +24,7 @@ from samestep.core.integrity import Integrity
 from samestep.core.layout import GRANULE, PIECE, Layout, lay_out
 from samestep.core.memory import check_fits, give_back
 from samestep.core.optimizers import Kind, kind_of, settings_of
+from samestep.core.per_replica import PerReplica
 from samestep.core.places import Slot
 from samestep.core.update import Update
 from samestep.core.weights import Weights, check_separate, shape_of
@@ -226,6 +227,7 @@ class Model:
         others: schedulers, scalers and alike: registered for checkpoints only.
         division: which replicas each worker plays.
         buffers, guard, integrity: see their classes.
+        states: what the script keeps of each replica.
     """
 
     def __init__(self, things: Sequence[Any], group: Group, options: Options):
@@ -261,6 +263,7 @@ class Model:
         self.trained = [Trained(i, o, names, updating, options) for i, o in enumerate(optimizers)]
         self._frozen = self._share_frozen(names, set(taken), group)
         self.buffers = Buffers(self.modules, group, options.num_replicas, options.buffers, apart=options.apart)
+        self.states: list[PerReplica] = []
         self._weights = [t.weights for t in self.trained] + self._frozen
         self._held = {id(p) for w in self._weights for p in w.parameters}
         self.guard = self._watch()
@@ -279,6 +282,8 @@ class Model:
         for weights in self._frozen:
             weights.reseat(self._group, lay_out(weights.layout.shapes, self._group.worker.size))
         self.buffers.reseat(self.division)
+        for state in self.states:
+            state.reseat(self.division)
         self.guard = self._watch()
         self.integrity.reseat(self.guard)
 
@@ -291,6 +296,8 @@ class Model:
         for trained in self.trained:
             trained.divide(division)
         self.buffers.reseat(division)
+        for state in self.states:
+            state.reseat(division)
 
     def gradient_bytes(self, division: Division) -> list[int]:
         """Return how much memory each worker would have to find for gradients with `division`.
@@ -423,6 +430,12 @@ def _check_things(modules: Sequence[Any], optimizers: Sequence[Any], others: Seq
                 raise UsageError("Two optimizers hold the same parameter. Give each its own.")
     for module in modules:
         for name, part in module.named_modules():
+            if isinstance(part, torch.nn.SyncBatchNorm):
+                raise UsageError(
+                    f"{name!r} is a SyncBatchNorm, which talks to other workers by itself, in every shard: results "
+                    f"would depend on the workers. Use BatchNorm (over a shard; its statistics are merged over "
+                    f"replicas), or GroupNorm."
+                )
             if isinstance(part, torch.nn.Embedding | torch.nn.EmbeddingBag) and part.max_norm is not None:
                 raise UsageError(
                     f"The Embedding {name!r} has max_norm={part.max_norm}, with which it edits its weights in every "

@@ -18,8 +18,11 @@ from samestep.storage import checkpoint, wire
 _AGREED = "agreed."
 """Begins the names of tensors that the way to agree keeps."""
 
-_States = tuple[list[Any], tuple[dict[str, torch.Tensor], Any]]
-"""State of each optimizer, and what the way to agree keeps."""
+_REPLICA = "replica."
+"""Begins the names of tensors that the script keeps of each replica."""
+
+_States = tuple[list[Any], tuple[dict[str, torch.Tensor], Any], dict[str, torch.Tensor]]
+"""State of each optimizer, what the way to agree keeps, and what the script keeps of each replica."""
 
 
 class Archive:
@@ -109,6 +112,9 @@ class Archive:
             self._restore_optimizer(trained, facts["optimizers"][number], saved.state, f"optimizer.{number}.")
         kept = {n.removeprefix(_AGREED): t for n, t in saved.state.items() if n.startswith(_AGREED)}
         self._agreed.load(*((kept, facts["agreed"]["values"]) if recipe == mine else ({}, None)))
+        of_replicas = {n.removeprefix(_REPLICA): t for n, t in saved.state.items() if n.startswith(_REPLICA)}
+        for state in self._model.states:
+            state.load(of_replicas)
         self._set_others(facts)
         self._group.exchange(b"")
         self._model.guard.accept()
@@ -140,7 +146,9 @@ class Archive:
 
     def _states(self) -> _States:
         """Return what workers must gather before the first writes. Collective."""
-        return [trained.update.full_state() for trained in self._model.trained], self._agreed.state()
+        optimizers = [trained.update.full_state() for trained in self._model.trained]
+        kept = {name: tensor for state in self._model.states for name, tensor in state.tensors().items()}
+        return optimizers, self._agreed.state(), kept
 
     def _first(self, act: Callable[[], Any]) -> CheckpointError | None:
         """Let the first worker act; return on every worker the error that this ended with. Collective."""
@@ -211,7 +219,11 @@ class Archive:
     def _check(self, saved: checkpoint.Checkpoint) -> None:
         """Compare names, shapes and dtypes, and the optimizers, with the model at hand."""
         here = self._tensors()
-        there = {n: t for n, t in {**saved.state, **saved.weights}.items() if not n.startswith(("optimizer.", _AGREED))}
+        there = {
+            n: t
+            for n, t in {**saved.state, **saved.weights}.items()
+            if not n.startswith(("optimizer.", _AGREED, _REPLICA))
+        }
         there |= {n: t for n, t in saved.state.items() if n in here}
         for name in [*here, *there]:
             mine, theirs = _shown(here.get(name)), _shown(there.get(name))

@@ -108,7 +108,8 @@ class Crew:
         """
         assert self.model is not None and self.agreed is not None
         division = self.model.division
-        if not self.agreed.can_move or not self.balance.is_due or not 1 < self.worker.size < division.num_replicas:
+        can_move = self.agreed.can_move and (self.group.shares_memory or not self.model.states)
+        if not can_move or not self.balance.is_due or not 1 < self.worker.size < division.num_replicas:
             return
         told = self._told("run.steps (balance)", self.balance.mine)
         if told is None:

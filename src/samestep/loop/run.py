@@ -20,6 +20,8 @@ from samestep.agree.synchronous import Synchronous
 from samestep.core.buffers import Rule
 from samestep.core.calls import line_of_user
 from samestep.core.model import Model, Options
+from samestep.core.per_replica import PerReplica
+from samestep.core.randomness import seed_evaluation
 from samestep.core.worker import Worker
 from samestep.data.source import as_source
 from samestep.data.split import schedule
@@ -178,15 +180,8 @@ class Run:
             drop_last=drop_last,
         )
         given = batch_size if isinstance(batch_size, int) else "a function"
-        session.check_data(
-            {
-                "samples": len(source),
-                "batch_size": given,
-                "shuffle": shuffle,
-                "drop_last": drop_last,
-                "content": feed.content(source),
-            }
-        )
+        facts = {"samples": len(source), "batch_size": given, "shuffle": shuffle, "drop_last": drop_last}
+        session.check_data({**facts, "content": feed.content(source)})
         reading = Reading(
             seed=self.recipe.seed,
             shuffle=shuffle,
@@ -212,7 +207,7 @@ class Run:
         Returns:
             A float, or a dict of floats.
         """
-        return self._evaluate("mean", fn, data, batch_size, collate)
+        return _evaluate(self, "mean", fn, data, batch_size, collate)
 
     def gather(self, fn: Callable[[Any], Any], data: Any, batch_size: int, collate: Any = None) -> Any:
         """Return the per-sample results of `fn`, in the order of `data`, on every worker.
@@ -223,7 +218,31 @@ class Run:
             batch_size: samples that `fn` is given at a time.
             collate: as in `steps`.
         """
-        return self._evaluate("gather", fn, data, batch_size, collate)
+        return _evaluate(self, "gather", fn, data, batch_size, collate)
+
+    def per_replica(self, make: Callable[[int], Mapping[str, torch.Tensor]]) -> PerReplica:
+        """Keep state of each replica from step to step: recurrent state, environments, noise of its own.
+
+        It is in checkpoints, and goes with its replica. Inside `for batch in step` the result gives the tensors of the
+        replica at hand, `state["hidden"]`; what a shard changes counts once the step's update is made.
+
+        Args:
+            make: replica -> tensors by name, the same names, shapes and dtypes for all. Called for every replica.
+
+        Raises:
+            UsageError: `make` returned something else, or nothing is replicated yet.
+        """
+        self._stepping.check_outside_shard("run.per_replica")
+        model, session = self.model, self._session
+
+        def seeded(replica: int) -> Mapping[str, torch.Tensor]:
+            seed_evaluation(self.recipe.seed, session.num_reseeds, replica)
+            return make(replica)
+
+        state = PerReplica(seeded, len(model.states), model.division, session.group)
+        model.states.append(state)
+        session.reseed()
+        return state
 
     def once(self, fn: Callable[[], Any]) -> Any:
         """Let one worker call `fn`, and return its result on all. The result is recorded.
@@ -231,7 +250,7 @@ class Run:
         Args:
             fn: returns None, numbers, text, tensors, arrays, or lists, tuples and dicts of these.
         """
-        self._outside_shard("run.once")
+        self._stepping.check_outside_shard("run.once")
         result = self._session.recorded("once", lambda: self._session.of_first("once", fn))
         self._session.reseed()
         return result
@@ -242,7 +261,7 @@ class Run:
 
         The block runs on every worker, but what it does to shared weights counts once: that of the first worker.
         """
-        self._outside_shard("run.edit")
+        self._stepping.check_outside_shard("run.edit")
         session, model = self._session, self.model
         if session.replaying:
             # What was edited then is in the checkpoint; now the block works on copies.
@@ -282,7 +301,7 @@ class Run:
         Raises:
             CheckpointError: it could not be written.
         """
-        self._outside_shard("run.save")
+        self._stepping.check_outside_shard("run.save")
         self.model  # noqa: B018
         self._session.save(str(path), line_of_user())
 
@@ -294,7 +313,7 @@ class Run:
         Raises:
             CheckpointError: there is no good one. MismatchError: it is of another model.
         """
-        self._outside_shard("run.load")
+        self._stepping.check_outside_shard("run.load")
         self.model  # noqa: B018
         session = self._session
 
@@ -313,25 +332,20 @@ class Run:
 
     def digest(self) -> str:
         """Return the digest of all weights and buffers, 32 hexadecimal digits. The result is recorded."""
-        self._outside_shard("run.digest")
+        self._stepping.check_outside_shard("run.digest")
         return self._session.recorded("digest", lambda: tensors_digest(self.model.named_tensors()), again=True)
 
-    def _evaluate(self, kind: str, fn: Callable, data: Any, batch_size: int, collate: Any) -> Any:
-        self._outside_shard(f"run.{kind}")
-        where, session = line_of_user(), self._session
 
-        def make() -> Any:
-            with evaluating([module for _, module in self.model.modules]):
-                source = as_source(data, collate)
-                made = Evaluation(source, batch_size, self.worker, self.recipe.seed, session.num_reseeds)
-                return getattr(made, kind)(fn, session.calls, where)
+def _evaluate(run: Run, kind: str, fn: Callable, data: Any, batch_size: int, collate: Any) -> Any:
+    run._stepping.check_outside_shard(f"run.{kind}")
+    where, session = line_of_user(), run._session
 
-        result = session.recorded(kind, make, where, again=True)
-        session.reseed()
-        return result
+    def make() -> Any:
+        with evaluating([module for _, module in run.model.modules]):
+            source = as_source(data, collate)
+            made = Evaluation(source, batch_size, run.worker, run.recipe.seed, session.num_reseeds)
+            return getattr(made, kind)(fn, session.calls, where)
 
-    def _outside_shard(self, name: str) -> None:
-        if self._stepping.in_shard:
-            raise UsageError(
-                f"{name} was called inside a shard, where workers differ in what they run. Call it between steps."
-            )
+    result = session.recorded(kind, make, where, again=True)
+    session.reseed()
+    return result

@@ -28,6 +28,7 @@ from samestep.data.split import Slice, shard_bounds
 from samestep.errors import DataError, UsageError
 from samestep.loop.audits import Ear
 from samestep.loop.feed import count_read
+from samestep.loop.gathering import Gathering
 from samestep.loop.session import Session
 
 
@@ -70,8 +71,7 @@ class Step:
         size: samples in the batch as it was planned, bad ones included.
         bad_samples: after `update`: samples of the batch that could not be read and were left out, id -> error.
         loss: after `update`: weighted mean over the batch.
-        grad_norm: after `update(clip_norm=...)`: norm of all gradients before clipping. `clip_norm=math.inf` only
-            measures.
+        grad_norm: after `update(clip_norm=...)`: norm of all gradients before clipping; math.inf only measures.
         means: after `update`: weighted mean of each number given to `mean`.
         skipped: after `update`: whether the weights stayed as they were, because a gradient overflowed under a scaler,
             or was not finite and `run.replicate(nonfinite=...)` lets such updates be skipped, or because every sample
@@ -100,6 +100,7 @@ class Step:
         self._replica: int | None = None
         self._broken: int | None = None
         self.left_in: int | None = None
+        self._gathering: Gathering | None = None
         self._state = "fresh"
 
     def __iter__(self) -> Iterator[Any]:
@@ -117,12 +118,43 @@ class Step:
         if self._shards is None and not self._driver.session.replaying:
             # The replay ended inside this step: its checkpoint was made before an update of it.
             self._shards = self._driver.read(self.slice)
-            self._check_bad_again(self._shards)
+            _check_bad_again(self, self._shards)
         if self._shards is None:
             seed_step(self._seed, self.number)
             self._state = "iterated"
             return
         yield from self._play()
+
+    def twice(self) -> Iterator[Any]:
+        """Yield the batch of each shard twice, the first time without gradients, so that `gather` knows all rows.
+
+        Raises:
+            UsageError: see `__iter__`; or replicas step by themselves, or samples may be left out.
+        """
+        agreed = self._driver.session.agreed
+        if not agreed.sums_gradients or agreed.allowance.skips:
+            raise UsageError(
+                f"step.twice at {line_of_user()} makes one batch of all shards: it needs one update for all replicas "
+                f"(here agree={agreed.recipe!r}) and every sample (here on_bad_sample={agreed.allowance.rule!r})."
+            )
+        self._gathering = Gathering()
+        try:
+            yield from self
+        finally:
+            self._gathering = None
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the rows of all shards, in replica order, for a loss over the whole batch: `backward(whole=True)`.
+
+        Args:
+            rows: those of this shard, which keep their graph: (rows, ...); only their number may differ.
+
+        Raises:
+            UsageError: called outside of `for batch in step.twice()`, or shards gave other shapes.
+        """
+        if self._gathering is None or self._replica is None:
+            raise UsageError("step.gather was called outside of `for batch in step.twice()`, which plays shards twice.")
+        return self._gathering.rows(self._replica, rows)
 
     def _play(self) -> Iterator[Any]:
         session = self._driver.session
@@ -131,6 +163,8 @@ class Step:
             if session.audits is not None:
                 drawn = session.audits.draw((self._seed, self.number, self.pass_), self.slice, self._num_replicas)
             try:
+                if self._gathering is not None:
+                    yield from _learn_rows(self, self._gathering)
                 account = yield from self._play_mine(drawn)
                 if session.audits is not None and drawn is not None:
                     again = partial(_again, self, drawn.replica)
@@ -145,7 +179,7 @@ class Step:
                 session.crew.regroup()
             # Who is left divides the shards anew, and plays them all again.
             self._shards = self._driver.read(self.slice)
-            self._check_bad_again(self._shards)
+            _check_bad_again(self, self._shards)
         seed_step(self._seed, self.number)
         self._state = "iterated"
 
@@ -159,6 +193,8 @@ class Step:
         self._broken = None
         agreed = session.agreed
         agreed.begin_pass()
+        for state in model.states:
+            state.begin_pass()
         for index, (replica, shard) in enumerate(zip(session.crew.replicas, self._shards, strict=True)):
             agreed.begin_shard(index, replica)
             ear = Ear(model, shard) if drawn is not None and drawn.replica == replica else None
@@ -180,8 +216,8 @@ class Step:
             session.clock.to(before)
         return account
 
-    def _shard(self, replica: int, shard: Shard) -> Iterator[Any]:
-        """Yield the batch of one shard."""
+    def _shard(self, replica: int, shard: Shard, counts: bool = True) -> Iterator[Any]:
+        """Yield the batch of one shard. If it `counts`, replicas keep what it does to their state."""
         session = self._driver.session
         model, clock = session.model, session.clock
         assert model is not None
@@ -189,29 +225,37 @@ class Step:
         seed_shard(self._seed, self.number, self.pass_, replica)
         self._replica, self._count = replica, len(shard.ids)
         self._part.samples[replica] = self._count
+        for state in model.states:
+            state.begin_shard(replica)
+        if self._gathering is not None:
+            self._gathering.begin_shard()
         clock.begin_shard(self.number, replica)
         before = clock.to("compute")
         try:
             yield shard.batch
         except GeneratorExit:
-            # The loop was left inside a shard: by an error, most likely.
-            self.left_in = replica
+            self.left_in = replica  # by an error, most likely
             raise
         finally:
             session.agreed.leave_shard()
+            for state in model.states:
+                state.end_shard(replica, counts)
             self._replica = None
             clock.to(before)
             clock.begin_shard(self.number, -1)
 
-    def backward(self, loss: torch.Tensor, count: float | None = None, retain_graph: bool = False) -> None:
+    def backward(
+        self, loss: torch.Tensor, count: float | None = None, retain_graph: bool = False, whole: bool = False
+    ) -> None:
         """Run backward for this shard; call it inside `for ... in step`.
 
         Args:
             loss: scalar: the mean over the shard, or over `count` items. Or a vector of per-item losses. Several calls
                 in a shard add up.
-            count: items (tokens) that the loss is the mean of, where shards differ in more than samples; the batch's
-                gradient is then the mean over all items of all calls. In all calls of a step, or in none.
+            count: items (tokens) that the loss is the mean of; the batch's gradient is then the mean over all of them.
+                In all calls of a step, or in none.
             retain_graph: keep the graph for another call on it in this shard.
+            whole: the loss is that of the whole batch, from `gather`, the same in every shard.
 
         Raises:
             UsageError: called outside a shard, or with something that is no loss.
@@ -219,6 +263,12 @@ class Step:
         if self._replica is None:
             raise UsageError(
                 "step.backward was called outside of `for batch in step`. Call it for each shard, inside that loop."
+            )
+        if self._gathering is not None and self._gathering.is_first:
+            return
+        if whole and (self._gathering is None or count is not None):
+            raise UsageError(
+                "whole=True is for losses from step.gather, in `for batch in step.twice()`, without count=."
             )
         loss, count = _as_mean(loss, count, self._count)
         counted = count is not None
@@ -230,7 +280,7 @@ class Step:
             self._part.losses.append((self._replica, 0.0, 0.0))
             return
         self._part.losses.append((self._replica, float(loss.detach()), weight))
-        share = self._driver.session.agreed.share(weight, self.size, counted)
+        share = 1.0 if whole else self._driver.session.agreed.share(weight, self.size, counted)
         try:
             loss.backward(None if share == 1.0 else torch.full_like(loss, share), retain_graph=retain_graph)
         except BaseException:
@@ -245,6 +295,8 @@ class Step:
         """
         if self._replica is None:
             raise UsageError("step.mean was called outside of `for batch in step`. Read the result in step.means.")
+        if self._gathering is not None and self._gathering.is_first:
+            return
         for name, value in values.items():
             number = value.detach() if isinstance(value, torch.Tensor) else value
             self._part.means.setdefault(name, []).append((self._replica, float(number)))
@@ -261,8 +313,7 @@ class Step:
         Args:
             optimizer: the one to update, where several were replicated; other gradients are dropped.
             clip_norm: scale gradients so that their global norm is at most this.
-            scaler: a torch.amp.GradScaler that scaled the losses given to `backward`. The weights stay where any
-                worker's gradient overflowed.
+            scaler: a torch.amp.GradScaler that scaled the losses. The weights stay where any gradient overflowed.
             transform: (name, gradient) -> gradient, for each whole mean gradient before clipping.
 
         Raises:
@@ -271,19 +322,7 @@ class Step:
             EditedWeightsError: weights were edited outside of `update` and `run.edit()`.
         """
         where = line_of_user()
-        if self._state != "iterated":
-            why = "its shards were not all run" if self._state == "open" else "it was not iterated"
-            raise UsageError(
-                f"step.update() at {where}: {why} (step {self.number}). Run `for batch in step: ...` to its end, "
-                f"without break, before step.update()."
-            )
-        if self._broken is not None:
-            raise UsageError(
-                f"step.update() at {where}: backward failed in {self.describe(self._broken)}, so its gradient is "
-                f"incomplete. Let that error end the run; if memory ran out, use more replicas (smaller shards)."
-            )
-        if clip_norm is not None and not clip_norm > 0:
-            raise UsageError(f"You set clip_norm={clip_norm}; it must be above 0.")
+        _check_update(self, where, clip_norm)
         choices = Choices(where=where, optimizer=optimizer, clip_norm=clip_norm, scaler=scaler, transform=transform)
         if self.pass_ == 0 and self._shards:
             # Told to all: what a worker has read must not be lost with it.
@@ -297,11 +336,11 @@ class Step:
 
     @property
     def loss(self) -> float:
-        return self._known("loss").loss
+        return _known(self._outcome, "loss").loss
 
     @property
     def grad_norm(self) -> float:
-        norm = self._known("grad_norm").grad_norm
+        norm = _known(self._outcome, "grad_norm").grad_norm
         if norm is None:
             raise UsageError("step.grad_norm is measured when clip_norm is given; clip_norm=math.inf only measures.")
         return norm
@@ -312,9 +351,9 @@ class Step:
         return self._state == "updated"
 
     @property
-    def in_shard(self) -> bool:
-        """Whether the loop over shards is inside one."""
-        return self._replica is not None
+    def replica(self) -> int | None:
+        """The replica whose shard is being played, inside `for batch in step`; None outside."""
+        return self._replica
 
     def describe(self, replica: int) -> str:
         """Return words that name the shard of `replica`: step, replica, samples."""
@@ -323,42 +362,83 @@ class Step:
         shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
         return f"step {self.number}, replica {replica} (samples {shown})"
 
-    def request(self, index: int, choices: Choices, data: int) -> Request:
-        """Return the update of optimizer number `index` that was asked for, on data set number `data`."""
-        scaled = choices.scaler is not None and choices.scaler.is_enabled()
-        return Request(
-            where=choices.where,
-            optimizer=index,
-            clip_norm=choices.clip_norm,
-            scale=float(choices.scaler.get_scale()) if scaled else 1.0,
-            scaled=scaled,
-            transform=choices.transform,
-            seeds=(self._seed, self.number, self.pass_),
-            num_samples=self.size,
-            data=data,
-            describe=self.describe,
+
+def _check_update(step: Step, where: str, clip_norm: float | None) -> None:
+    """Check that a step can be updated.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if step._state != "iterated":
+        why = "its shards were not all run" if step._state == "open" else "it was not iterated"
+        raise UsageError(
+            f"step.update() at {where}: {why} (step {step.number}). Run `for batch in step: ...` to its end, "
+            f"without break, before step.update()."
         )
+    if step._broken is not None:
+        raise UsageError(
+            f"step.update() at {where}: backward failed in {step.describe(step._broken)}, so its gradient is "
+            f"incomplete. Let that error end the run; if memory ran out, use more replicas (smaller shards)."
+        )
+    if clip_norm is not None and not clip_norm > 0:
+        raise UsageError(f"You set clip_norm={clip_norm}; it must be above 0.")
 
-    def _check_bad_again(self, shards: Sequence[Shard | None]) -> None:
-        """Check that samples are as good, or bad, as they were for an earlier update of this step.
 
-        Raises:
-            DataError: one is not.
-        """
-        if not self.pass_:
-            return
-        for shard in filter(None, shards):
-            now, known = {sample for sample, _ in shard.bad}, set(self.bad_samples)
-            if other := (now - known) | (known & set(shard.ids.tolist())):
-                raise DataError(
-                    f"Samples {sorted(other)} could be read for one update of step {self.number}, and not for another. "
-                    f"What they lie on fails now and then: try again when it does not."
-                )
+def request_of(step: Step, index: int, choices: Choices, data: int) -> Request:
+    """Return the update of optimizer number `index` that was asked for, on data set number `data`."""
+    scaled = choices.scaler is not None and choices.scaler.is_enabled()
+    return Request(
+        where=choices.where,
+        optimizer=index,
+        clip_norm=choices.clip_norm,
+        scale=float(choices.scaler.get_scale()) if scaled else 1.0,
+        scaled=scaled,
+        transform=choices.transform,
+        seeds=(step._seed, step.number, step.pass_),
+        num_samples=step.size,
+        data=data,
+        describe=step.describe,
+    )
 
-    def _known(self, name: str) -> Outcome:
-        if self._outcome is None:
-            raise UsageError(f"step.{name} is known after step.update().")
-        return self._outcome
+
+def _check_bad_again(step: Step, shards: Sequence[Shard | None]) -> None:
+    """Check that samples are as good, or bad, as they were for an earlier update of a step.
+
+    Raises:
+        DataError: one is not.
+    """
+    if not step.pass_:
+        return
+    for shard in filter(None, shards):
+        now, known = {sample for sample, _ in shard.bad}, set(step.bad_samples)
+        if other := (now - known) | (known & set(shard.ids.tolist())):
+            raise DataError(
+                f"Samples {sorted(other)} could be read for one update of step {step.number}, and not for another. "
+                f"What they lie on fails now and then: try again when it does not."
+            )
+
+
+def _known(outcome: Outcome | None, name: str) -> Outcome:
+    if outcome is None:
+        raise UsageError(f"step.{name} is known after step.update().")
+    return outcome
+
+
+def _learn_rows(step: Step, gathering: Gathering) -> Generator[Any, None, None]:
+    """Yield the batch of each shard played here, without gradients, and let all workers know what they gathered."""
+    session = step._driver.session
+    model = session.model
+    assert model is not None and step._shards is not None
+    gathering.begin()
+    model.buffers.begin_pass()
+    for state in model.states:
+        state.begin_pass()
+    with model.buffers.aside(), torch.no_grad():
+        for replica, shard in zip(session.crew.replicas, step._shards, strict=True):
+            if shard is not None and shard.size:
+                yield from step._shard(replica, shard, counts=False)
+    with session.group.mendable():
+        gathering.share(session.calls)
 
 
 def _again(step: Step, replica: int) -> Generator[Any, None, Account]:
@@ -375,7 +455,7 @@ def _again(step: Step, replica: int) -> Generator[Any, None, Account]:
                 trained.gradients.begin_aside()
             ear = Ear(model, shard)
             if shard is not None and shard.size:
-                yield from step._shard(replica, shard)
+                yield from step._shard(replica, shard, counts=False)
             for trained in model.trained:
                 trained.gradients.end_shard()
             return ear.account(step._part.losses, replica)

@@ -23,7 +23,7 @@ from samestep.loop.evaluation import on_device
 from samestep.loop.feed import Feed, Reading
 from samestep.loop.rounds import ClientWalk
 from samestep.loop.session import Session
-from samestep.loop.step import Choices, Driver, Step
+from samestep.loop.step import Choices, Driver, Step, request_of
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,16 @@ class Stepping:
         self._step: Step | None = None
         self._walk: Walk | ClientWalk | None = None
 
-    @property
-    def in_shard(self) -> bool:
-        """Whether the user's code is inside a shard now."""
-        return self._step is not None and self._step.in_shard
+    def check_outside_shard(self, name: str) -> None:
+        """Check that the user's code is between steps, as a call of `name` needs.
+
+        Raises:
+            UsageError: it is inside a shard.
+        """
+        if self._step is not None and self._step.replica is not None:
+            raise UsageError(
+                f"{name} was called inside a shard, where workers differ in what they run. Call it between steps."
+            )
 
     def _whereabouts(self) -> str:
         if self._step is None or self._step.left_in is None:
@@ -138,7 +144,7 @@ class Stepping:
             _require_registered(scaler, model.others)
 
         def make() -> list:
-            made = session.agreed.update(step.request(index, choices, feed.number), part)
+            made = session.agreed.update(request_of(step, index, choices, feed.number), part)
             bad = [list(one) for one in made.bad]
             return [made.loss, made.grad_norm, made.means, made.skipped, made.problem, list(made.read), bad]
 
@@ -156,6 +162,8 @@ class Stepping:
         session.agreed.allowance.count(feed.number, outcome.bad, choices.where)
         if outcome.problem and not session.replaying:
             session.record.skipped(outcome.problem)
+        for state in model.states if not outcome.skipped else ():
+            state.commit()
         if choices.transform is not None or isinstance(model.trained[index].update, WholeUpdate):
             # User code ran on the owners alone, and may have drawn random numbers there.
             seed_step(session.recipe.seed, step.number)
