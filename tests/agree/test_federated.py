@@ -572,6 +572,24 @@ def test_two_optimizers_are_refused():
         play(main, 1, 1)
 
 
+def test_state_of_replicas_and_losses_over_the_batch_are_refused():
+    def with_state(run: samestep.Run) -> None:
+        model = linear()
+        run.replicate(model, torch.optim.SGD(model.parameters(), lr=0.1), agree=samestep.Federated(CLIENTS))
+        run.per_replica(lambda replica: {"hidden": torch.zeros(1)})
+        run.steps(CLIENTS, batch_size=2, steps=1)
+
+    def twice(run: samestep.Run) -> None:
+        model = linear()
+        run.replicate(model, torch.optim.SGD(model.parameters(), lr=0.1), agree=samestep.Federated(CLIENTS))
+        for step in run.steps(CLIENTS, batch_size=2, steps=1):
+            next(step.twice())
+
+    for main, words in ((with_state, "Clients keep nothing"), (twice, "needs one update for all")):
+        with pytest.raises(samestep.UsageError, match=words):
+            play(main, 1, 1)
+
+
 def test_too_few_clients_to_trim_is_the_same_error_on_every_worker():
     with pytest.raises(samestep.SettingsError, match="nobody is left"):
         play(script({"sample": 2, "aggregate": samestep.TrimmedMean(0.4)}), 1, 3)

@@ -256,6 +256,12 @@ def begin_rounds(session: Session, clients: Any, local: Local, steps: int | None
             f"You set steps={steps!r} for clients; steps= is the number of rounds, a whole number, and epochs= how "
             f"often a client goes over its data in each."
         )
+    assert session.model is not None
+    if session.model.states:
+        raise UsageError(
+            "You called run.per_replica under agree=Federated(...), where replicas are places in a round, taken "
+            "by other clients each time. Clients keep nothing from round to round."
+        )
     feed = session.feed(clients, sum(map(clients.len_of, range(len(clients)))), ClientFeed)
     assert isinstance(feed, ClientFeed)
     session.check_data(

@@ -180,15 +180,8 @@ class Run:
             drop_last=drop_last,
         )
         given = batch_size if isinstance(batch_size, int) else "a function"
-        session.check_data(
-            {
-                "samples": len(source),
-                "batch_size": given,
-                "shuffle": shuffle,
-                "drop_last": drop_last,
-                "content": feed.content(source),
-            }
-        )
+        facts = {"samples": len(source), "batch_size": given, "shuffle": shuffle, "drop_last": drop_last}
+        session.check_data({**facts, "content": feed.content(source)})
         reading = Reading(
             seed=self.recipe.seed,
             shuffle=shuffle,
