@@ -175,7 +175,6 @@ class LiveFederated(Live):
 
     sums_gradients = False
     recipe: Federated
-    sums_gradients = False
     # Clients differ in work, so the time of some says little about their worker.
     can_move = False
 
