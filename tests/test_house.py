@@ -34,6 +34,7 @@ PUBLIC = [
     "Run",
     "SamestepError",
     "SettingsError",
+    "Stale",
     "Step",
     "Synchronous",
     "UsageError",

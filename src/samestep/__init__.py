@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from samestep.agree.stale import Stale
     from samestep.agree.synchronous import Synchronous
     from samestep.errors import (
         CheckpointError,
@@ -31,6 +32,7 @@ _HOMES = {
     "launch": "samestep.settings",
     "Run": "samestep.loop.run",
     "Step": "samestep.loop.step",
+    "Stale": "samestep.agree.stale",
     "Synchronous": "samestep.agree.synchronous",
 }
 """Where a name lives, if not among the errors."""
@@ -46,6 +48,7 @@ __all__ = [
     "Run",
     "SamestepError",
     "SettingsError",
+    "Stale",
     "Step",
     "Synchronous",
     "UsageError",

@@ -8,7 +8,8 @@ step.update()              update
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +60,11 @@ class Live(ABC):
     Attributes:
         recipe: what it is the live form of.
         model, group, calls, clock, tolerance, allowance: as given to `bind`.
+        claims: whether workers claim the shards of a pass one by one, as they come free, instead of playing fixed runs
+            of replicas; and come to the end of a pass without meeting.
     """
+
+    claims = False
 
     def __init__(
         self,
@@ -82,6 +87,10 @@ class Live(ABC):
     @abstractmethod
     def begin_pass(self) -> None:
         """Begin to play the shards of a pass; what was played since the last update is void."""
+
+    def claim(self) -> int | None:
+        """Return a replica whose shard of this pass this worker shall play now; None if none is left."""
+        return None
 
     @abstractmethod
     def begin_shard(self, index: int, replica: int) -> None:
@@ -122,6 +131,15 @@ class Live(ABC):
     def settle(self) -> None:  # noqa: B027
         """Bring into the weights what replicas have done by themselves, if anything. Collective."""
 
+    def late(self) -> list[Outcome]:
+        """Return, after `settle`, what became of the updates that `update` has not told yet."""
+        return []
+
+    @contextmanager
+    def drained(self) -> Iterator[None]:
+        """Let no update be under way inside the `with` block, and the weights be the newest. Collective."""
+        yield
+
     def spread(self) -> None:  # noqa: B027
         """Let replicas go on from the weights as they are now."""
 
@@ -134,6 +152,10 @@ class Live(ABC):
 
     def load(self, tensors: Mapping[str, torch.Tensor], values: Any) -> None:  # noqa: B027
         """Take back what `state` gave; without it, start from the weights as they are now. Collective."""
+
+    def adopt(self, tensors: Mapping[str, torch.Tensor], values: Any) -> None:
+        """Take what `state` gave in a run at another point, of which only the state is wanted. Collective."""
+        self.load(tensors, values)
 
     def take_over(self, values: Any) -> None:  # noqa: B027
         """Take, in a worker that joins, the plain values that `state` gave; tensors lie in the group's memory."""

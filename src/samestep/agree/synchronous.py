@@ -112,7 +112,7 @@ class LiveSynchronous(Live):
                 trained.area.collect()
             huge = any(huge for _, huge, _ in met.own)
             factor = unit / (met.total * request.scale) if met.counted else unit / met.total / request.scale
-            reduced = self._reduce(trained, request, absent_of(met.frames, trained), factor, huge)
+            reduced = self.reduce(trained, request, absent_of(met.frames, trained), factor, huge)
             problem = reduced.problem
         if problem is not None and not request.scaled:
             # All workers know it, and none will read what another folded: no further meeting is needed.
@@ -127,7 +127,7 @@ class LiveSynchronous(Live):
         words = problem.words if problem is not None and not request.scaled else ""
         return met.outcome(norm, problem is not None, words)
 
-    def _reduce(self, trained: Trained, request: Request, absent: Absent, factor: float, huge: bool) -> Reduced:
+    def reduce(self, trained: Trained, request: Request, absent: Absent, factor: float, huge: bool) -> Reduced:
         """Transform and measure the gradients, as far as asked for, and see that what comes of them is finite."""
         ready = None
         if request.transform is not None:

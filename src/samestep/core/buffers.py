@@ -113,6 +113,33 @@ class Buffers:
         self._of(self._meeting, replica).copy_(self._memory)
         return True
 
+    @property
+    def now(self) -> torch.Tensor:
+        """The buffers as they are in the modules, uint8."""
+        self._reattach()
+        return self._memory
+
+    def take(self, values: torch.Tensor) -> None:
+        """Set the buffers, and what the next shard starts from."""
+        self._reattach()
+        self._memory.copy_(values)
+        self._start.copy_(values)
+        self._dirty = False
+
+    def join(self, ends: Sequence[torch.Tensor], weights: Sequence[float], into: torch.Tensor) -> None:
+        """Merge the buffers of some replicas into `into`.
+
+        Args:
+            ends: of each replica, in order; uint8.
+            weights: of each; they add up to 1.
+            into: uint8.
+        """
+        for where, dtype in self._segments:
+            if dtype is None or len(ends) == 1:
+                into[where] = ends[0][where]
+            else:
+                into[where].view(dtype).copy_(_mean([e[where].view(dtype) for e in ends], list(weights)))
+
     def keep(self, replicas: Iterable[int]) -> None:
         """Let some replicas that this worker plays keep what they published, and go back to the pass's start."""
         for replica in replicas:
@@ -155,11 +182,7 @@ class Buffers:
         ends = [self._of(self._meeting, r) if r in changed else self._start for r in sorted(counts)]
         total = sum(counts.values())
         weights = [counts[r] / total for r in sorted(counts)]
-        for where, dtype in self._segments:
-            if dtype is None or len(ends) == 1:
-                self._memory[where] = ends[0][where]
-            else:
-                self._memory[where].view(dtype).copy_(_mean([e[where].view(dtype) for e in ends], weights))
+        self.join(ends, weights, self._memory)
         self._dirty = False
 
     def restore(self) -> None:

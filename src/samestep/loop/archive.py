@@ -23,12 +23,16 @@ _States = tuple[list[Any], tuple[dict[str, torch.Tensor], Any]]
 
 
 class Archive:
-    """Saves and restores what was replicated."""
+    """Saves and restores what was replicated.
+
+    Attributes:
+        agreed: how replicas agree.
+    """
 
     def __init__(self, model: Model, group: Group, agreed: Live):
         self._model = model
         self._group = group
-        self._agreed = agreed
+        self.agreed = agreed
 
     def prepare(self, folder: str) -> None:
         """See that checkpoints can be written to a folder, before hours depend on it. Collective.
@@ -89,12 +93,16 @@ class Archive:
             MismatchError: it holds another model, or was made under another way to agree.
         """
         self._check(saved)
-        recipe, mine = saved.facts["model"]["agreed"]["recipe"], repr(self._agreed.recipe)
+        recipe, mine = saved.facts["model"]["agreed"]["recipe"], repr(self.agreed.recipe)
         if recipe != mine and not any_agreement:
             raise MismatchError(
                 f"The checkpoint {saved.path} was made with agree={recipe}, and you set agree={mine}. Set it as it "
                 f"was, or start a new run from its weights: run.load({str(saved.path)!r})."
             )
+        with self.agreed.drained():
+            self._restore(saved, recipe == mine, any_agreement)
+
+    def _restore(self, saved: checkpoint.Checkpoint, same_recipe: bool, any_agreement: bool) -> None:
         writes = self._group.worker.is_first or not self._group.shares_memory
         self._group.exchange(b"")
         self._model.guard.open()
@@ -108,7 +116,8 @@ class Archive:
         for number, trained in enumerate(self._model.trained):
             self._restore_optimizer(trained, facts["optimizers"][number], saved.state, f"optimizer.{number}.")
         kept = {n.removeprefix(_AGREED): t for n, t in saved.state.items() if n.startswith(_AGREED)}
-        self._agreed.load(*((kept, facts["agreed"]["values"]) if recipe == mine else ({}, None)))
+        load = self.agreed.adopt if any_agreement else self.agreed.load
+        load(*((kept, facts["agreed"]["values"]) if same_recipe else ({}, None)))
         self._set_others(facts)
         self._group.exchange(b"")
         self._model.guard.accept()
@@ -124,7 +133,7 @@ class Archive:
                     target.copy_(tensor)
         for trained, kept in zip(self._model.trained, facts["optimizers"], strict=True):
             trained.take_over(kept["groups"], {int(i): numbers for i, numbers in kept["numbers"].items()})
-        self._agreed.take_over(facts["agreed"]["values"])
+        self.agreed.take_over(facts["agreed"]["values"])
         self._set_others(facts)
         self._model.guard.accept()
 
@@ -140,7 +149,7 @@ class Archive:
 
     def _states(self) -> _States:
         """Return what workers must gather before the first writes. Collective."""
-        return [trained.update.full_state() for trained in self._model.trained], self._agreed.state()
+        return [trained.update.full_state() for trained in self._model.trained], self.agreed.state()
 
     def _first(self, act: Callable[[], Any]) -> CheckpointError | None:
         """Let the first worker act; return on every worker the error that this ended with. Collective."""
@@ -193,7 +202,7 @@ class Archive:
             "optimizers": optimizers,
             "others": others,
             "extras": extras,
-            "agreed": {"recipe": repr(self._agreed.recipe), "values": values},
+            "agreed": {"recipe": repr(self.agreed.recipe), "values": values},
         }
         return weights, state, model
 

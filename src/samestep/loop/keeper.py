@@ -159,7 +159,8 @@ class Keeper:
         run, done = self._run, self._run.record.num_steps
         run.integrity.verify(run.calls, "run.save (verify)", f"before the checkpoint of step {done}")
         try:
-            trouble = run.archive.save(folder, done, self._facts(made_by, "run.save"), keep)
+            with run.archive.agreed.drained():
+                trouble = run.archive.save(folder, done, self._facts(made_by, "run.save"), keep)
         except StorageError as error:
             if made_by == "save":
                 raise
@@ -215,7 +216,8 @@ class Keeper:
 
         def keep() -> None:
             run.integrity.verify(run.calls, "run.steps (verify)", f"after the update of step {done - 1}")
-            run.archive.snapshot(snapshots, done, self._facts("after_step", "run.steps (snapshot)"))
+            with run.archive.agreed.drained():
+                run.archive.snapshot(snapshots, done, self._facts("after_step", "run.steps (snapshot)"))
 
         run.crew.surviving(keep)
         # A bit may have flipped while it was copied.

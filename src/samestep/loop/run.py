@@ -148,6 +148,9 @@ class Run:
         """
         self.model  # noqa: B018  raises if nothing is replicated
         session = self._session
+        if session.pending:
+            # The steps before were left by `break`.
+            session.settle()
         source = as_source(data, collate)
         feed = session.feed(data, len(source))
         feed.use_shuffle(shuffle)
@@ -236,7 +239,7 @@ class Run:
             finally:
                 model.attach(write=False)
             return
-        session.agreed.settle()
+        session.settle()
         session.calls.meet("run.edit", line_of_user())
         model.integrity.verify(session.calls, "run.edit (verify)", f"at {line_of_user()}")
         model.guard.check()
@@ -287,6 +290,8 @@ class Run:
                 session.record.note(f"Checkpoint {skipped_path} was skipped: {reason}")
             session.archive.restore(saved, any_agreement=True)
 
+        if session.pending:
+            session.settle()
         session.recorded("load", restore)
 
     def log(self, **scalars: float) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from samestep.agree.agreement import Live
+from samestep.agree.meeting import Outcome
 from samestep.core.arena import Arena
 from samestep.core.calls import Calls, Halted, line_of_user
 from samestep.core.clock import Clock
@@ -24,6 +25,7 @@ from samestep.loop.crew import Crew
 from samestep.loop.feed import Feed
 from samestep.loop.keeper import Keeper
 from samestep.loop.mismatch import Conditions
+from samestep.loop.pending import Pending
 from samestep.loop.recipe import Keeping, Recipe
 from samestep.loop.record import Record, combined
 from samestep.loop.replay import Replay
@@ -52,6 +54,7 @@ class Session:
         num_reseeds: calls so far after which generators were seeded anew.
         crew: the workers, as they die and join.
         verifies: whether memory is looked at for flipped bits.
+        pending: batches of which it is not known yet what became of their updates.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Session:
         self.replay = Replay(self, self.keeper, supervision)
         self.verifies = supervision.verifies
         self.feeds: dict[Any, Feed] = {}
+        self.pending = Pending(self.record)
         self._planned: dict[str, Any] = {}
 
     @property
@@ -199,6 +203,20 @@ class Session:
                 self.calls.meet("run.steps (trace)", "")
                 self.calls.halt(TraceEnded())
 
+    def settle(self) -> None:
+        """Bring into the weights what is under way, and count what became of it. Collective."""
+        if not self.pending:
+            if not self.replaying:
+                self.agreed.settle()
+            return
+
+        def make() -> list[Any]:
+            self.agreed.settle()
+            return [outcome.to_values() for outcome in self.agreed.late()]
+
+        for values in self.recorded("settle", make):
+            self.pending.take(Outcome(*values), self.agreed, self.replaying)
+
     def save(self, folder: str, where: str) -> None:
         """Write the checkpoint that the user asked for. Collective.
 
@@ -225,6 +243,9 @@ class Session:
         """Return the facts of the summary; on the first worker all of them. Collective."""
         if self.model is None:
             raise UsageError("main ended without run.replicate(...): nothing was trained.")
+        if self.pending:
+            # The steps were left by `break`.
+            self.settle()
         self.replay.reach("finish")
         self.ledger.check_finished()
         if self.replay.saved is not None:

@@ -9,6 +9,7 @@ A step may be iterated again after an update (a GAN's second pass): the same sha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -46,8 +47,8 @@ class Driver(Protocol):
     def update(self, step: Step, part: Part, choices: Choices) -> Outcome:
         """Make one update for `step`."""
 
-    def read(self, batch: Slice) -> Sequence[Shard | None]:
-        """Return the shards of a batch that were not read ahead."""
+    def read(self, batch: Slice, replica: int | None = None) -> Sequence[Shard | None]:
+        """Return the shards of a batch that were not read ahead: those played here, or that of one replica."""
 
     def ids(self, batch: Slice, start: int, stop: int) -> np.ndarray:
         """Return the sample ids at positions [start, stop) of the batch's epoch."""
@@ -109,7 +110,8 @@ class Step:
         self._state = "open"
         if self._shards is None and not self._driver.session.replaying:
             # The replay ended inside this step: its checkpoint was made before an update of it.
-            self._shards = self._driver.read(self.slice)
+            claims = self._driver.session.agreed.claims
+            self._shards = () if claims else self._driver.read(self.slice)
             self._check_bad_again(self._shards)
         if self._shards is None:
             seed_step(self._seed, self.number)
@@ -121,7 +123,7 @@ class Step:
         session = self._driver.session
         while True:
             yield from self._play_mine()
-            if not session.group.loses_workers:
+            if not session.group.loses_workers or session.agreed.claims:
                 break
             try:
                 with session.group.mendable():
@@ -145,9 +147,7 @@ class Step:
         self._broken = None
         agreed = session.agreed
         agreed.begin_pass()
-        for index, (replica, shard) in enumerate(
-            zip(session.worker.replicas(self._num_replicas), self._shards, strict=True)
-        ):
+        for index, (replica, shard) in enumerate(self._claimed() if agreed.claims else self._assigned()):
             agreed.begin_shard(index, replica)
             if shard is not None:
                 self._part.bad = [*self._part.bad, *shard.bad]
@@ -173,6 +173,21 @@ class Step:
                     self._part.changed.append(replica)
             agreed.end_shard(replica)
         seed_step(self._seed, self.number)
+
+    def _assigned(self) -> Iterator[tuple[int, Shard | None]]:
+        """Return the shards of the replicas that fall to this worker."""
+        assert self._shards is not None
+        return zip(self._driver.session.worker.replicas(self._num_replicas), self._shards, strict=True)
+
+    def _claimed(self) -> Iterator[tuple[int, Shard | None]]:
+        """Yield shards that nobody else plays, as long as there are any."""
+        shards: list[Shard | None] = []
+        self._shards = shards
+        while (replica := self._driver.session.agreed.claim()) is not None:
+            read = self._driver.read(self.slice, replica)
+            self._check_bad_again(read)
+            shards += read
+            yield replica, read[0]
 
     def backward(self, loss: torch.Tensor, count: float | None = None, retain_graph: bool = False) -> None:
         """Run backward for this shard; call it inside `for ... in step`.
@@ -260,7 +275,7 @@ class Step:
             # Told to all: what a worker has read must not be lost with it.
             self._part.read = count_read(self.epoch, self._shards)
         self._outcome = self._driver.update(self, self._part, choices)
-        self.means = self._outcome.means
+        self.means = self._outcome.means if self._outcome.is_known else _Unknown()
         self.skipped = self._outcome.skipped
         self.bad_samples = dict(self._outcome.bad)
         self._state = "updated"
@@ -330,6 +345,13 @@ class Step:
         if self._outcome is None:
             raise UsageError(f"step.{name} is known after step.update().")
         return self._outcome
+
+
+class _Unknown(dict[str, float]):
+    """Means of an update that is not made yet: NaN, whatever the name."""
+
+    def __missing__(self, name: str) -> float:
+        return math.nan
 
 
 def _as_mean(loss: Any, count: float | None, num_samples: int) -> tuple[torch.Tensor, float | None]:

@@ -16,12 +16,12 @@ from samestep.agree.meeting import Outcome, Part
 from samestep.core.randomness import seed_step
 from samestep.core.whole_update import WholeUpdate
 from samestep.core.worker import Worker
-from samestep.data.proof import SampleCount
 from samestep.data.shard import Shard
 from samestep.data.split import Slice
 from samestep.errors import UsageError
 from samestep.loop.evaluation import on_device
 from samestep.loop.feed import Feed, Reading
+from samestep.loop.pending import Trained
 from samestep.loop.session import Session
 from samestep.loop.step import Choices, Step
 
@@ -35,15 +35,20 @@ class _Walk:
     reading: Reading
 
     def stream(
-        self, worker: Worker, slices: Iterator[Slice], ahead: deque[Slice]
+        self, worker: Worker, slices: Iterator[Slice], ahead: deque[Slice], claims: bool
     ) -> Generator[tuple[Slice, Any], None, None]:
-        """Return what `worker` reads of `slices`, lazily; `ahead` takes what was asked for. The caller removes it."""
+        """Return what `worker` reads of `slices`, lazily; `ahead` takes what was asked for. The caller removes it.
+
+        Where workers claim shards, nothing is read before.
+        """
 
         def taken() -> Iterator[Slice]:
             for batch in slices:
                 ahead.append(batch)
                 yield batch
 
+        if claims:
+            return ((batch, ()) for batch in taken())
         return self.feed.batches(self.source, taken(), replace(self.reading, worker=worker))
 
     def read(self, worker: Worker, batch: Slice) -> Sequence[Shard | None]:
@@ -88,7 +93,14 @@ class Stepping:
             yield from self._one(walk, batch, None)
             self._after_step(last=False)
         ahead: deque[Slice] = deque()
-        is_first, divided, stream = True, session.crew.num_regroups, walk.stream(session.worker, slices, ahead)
+        claims = session.agreed.claims
+        if claims and reading.loaders:
+            session.record.note(
+                f"loaders={reading.loaders} has no effect under agree={session.agreed.recipe!r}: a shard is read when a "
+                f"worker claims it."
+            )
+        is_first, divided = True, session.crew.num_regroups
+        stream = walk.stream(session.worker, slices, ahead, claims)
         try:
             while True:
                 if session.crew.num_regroups != divided:
@@ -96,7 +108,7 @@ class Stepping:
                     stream.close()
                     slices, divided = itertools.chain(tuple(ahead), slices), session.crew.num_regroups
                     ahead.clear()
-                    stream = walk.stream(session.worker, slices, ahead)
+                    stream = walk.stream(session.worker, slices, ahead, claims)
                 begin = time.perf_counter()
                 clock.begin_step(session.record.num_steps, is_first)
                 is_first = False
@@ -129,9 +141,7 @@ class Stepping:
             _require_registered(scaler, model.others)
 
         def make() -> list:
-            made = session.agreed.update(step.request(index, choices, feed.number), part)
-            bad = [list(one) for one in made.bad]
-            return [made.loss, made.grad_norm, made.means, made.skipped, made.problem, list(made.read), bad]
+            return session.agreed.update(step.request(index, choices, feed.number), part).to_values()
 
         for hook in _user_hooks(_global_optimizer_pre_hooks, optimizer._optimizer_step_pre_hooks):
             hook(optimizer, (), {})
@@ -141,33 +151,31 @@ class Stepping:
         finally:
             session.clock.to(before)
         session.clock.end_step()
-        is_empty = len(outcome.bad) == step.size
-        if not is_empty:
-            session.agreed.tolerance.count(index, outcome.problem, choices.where)
-        session.agreed.allowance.count(feed.number, outcome.bad, choices.where)
-        if outcome.problem and not session.replaying:
-            session.record.skipped(outcome.problem)
+        update = Trained(feed, step.slice, index, step.pass_, choices.where)
+        if step.pass_ == 0:
+            # Here, not when the step ends: a loop may be left by `break` after its update.
+            session.record.num_steps += 1
+        session.pending.add(update)
+        session.pending.take(outcome, session.agreed, session.replaying)
         if choices.transform is not None or isinstance(model.trained[index].update, WholeUpdate):
             # User code ran on the owners alone, and may have drawn random numbers there.
             seed_step(session.recipe.seed, step.number)
-        if scaler is not None and not is_empty:
+        if scaler is not None and not update.is_left_out(outcome):
             _update_scale(scaler, optimizer, outcome.skipped, session.worker.device)
         # What a scheduler looks at before it warns that the optimizer never stepped.
         vars(optimizer)["_opt_called"] = True
         for hook in _user_hooks(optimizer._optimizer_step_post_hooks, _global_optimizer_post_hooks):
             hook(optimizer, (), {})
-        if step.pass_ == 0:
-            # Here, not when the step ends: a loop may be left by `break` after its update.
-            session.record.num_steps += 1
-            if not session.replaying:
-                session.record.left_out(feed.left_out.new_among(outcome.bad), step.number)
-            feed.commit(step.slice, SampleCount(*outcome.read), outcome.bad)
         return outcome
 
-    def read(self, batch: Slice) -> Sequence[Shard | None]:
-        """Return the shards of a batch that were not read ahead."""
+    def read(self, batch: Slice, replica: int | None = None) -> Sequence[Shard | None]:
+        """Return the shards of a batch that were not read ahead: those played here, or that of one replica."""
         assert self._walk is not None
-        return self._on_device(self._walk.read(self.session.worker, batch))
+        worker = self.session.worker
+        if replica is not None:
+            # Who would play this replica alone.
+            worker = replace(worker, rank=replica, size=self.session.num_replicas)
+        return self._on_device(self._walk.read(worker, batch))
 
     def ids(self, batch: Slice, start: int, stop: int) -> Any:
         """Return the sample ids at positions [start, stop) of the batch's epoch."""
@@ -190,10 +198,12 @@ class Stepping:
 
     def _after_step(self, last: bool) -> None:
         if self.session.replaying:
+            if last and self.session.pending:
+                self.session.settle()
             self.session.replay.reach("after_step")
         else:
             if last:
-                self.session.agreed.settle()
+                self.session.settle()
             self.session.keeper.after_step(last)
 
     def _on_device(self, shards: Sequence[Shard | None]) -> Sequence[Shard | None]:
