@@ -60,10 +60,10 @@ class Schedule:
             return
         try:
             self.close()
-            self._file = Path(self._path).open("w", encoding="utf-8")
+            self._file = open(self._path, "w", encoding="utf-8")  # noqa: SIM115  for as long as the run
             self._file.write(json.dumps(self._head) + "\n")
         except OSError as error:
-            raise StorageError(f"The schedule cannot be written to record={self._path!r}: {error}.") from error
+            raise self._trouble(error) from error
         self._write(self.lags)
 
     def histogram(self) -> dict[int, int]:
@@ -83,7 +83,10 @@ class Schedule:
             self._file.writelines(json.dumps(list(one)) + "\n" for one in lags)
             self._file.flush()
         except OSError as error:
-            raise StorageError(f"The schedule cannot be written to record={self._path!r}: {error}.") from error
+            raise self._trouble(error) from error
+
+    def _trouble(self, error: OSError) -> StorageError:
+        return StorageError(f"You set Stale(record={self._path!r}), which cannot be written.", str(error.strerror))
 
     def _read(self, path: str) -> list[bytes]:
         try:

@@ -174,6 +174,7 @@ class _UnderWay(Live):
     def _show_newest(self) -> None:
         self.versions.enter_newest(self.pipeline.number)
         self.model.guard.follow()
+        self.model.guard.accept()
 
 
 class LiveStale(_UnderWay):
@@ -237,7 +238,7 @@ class LiveStale(_UnderWay):
         if request.scaled:
             raise UsageError(
                 f"You gave step.update a GradScaler at {request.where} under agree={self.recipe!r}: whether a "
-                f"gradient overflowed is known {self.recipe.bound} updates later. Use bfloat16 without a scaler, or "
+                f"gradient overflowed is known only some updates later. Use bfloat16 without a scaler, or "
                 f"Synchronous()."
             )
         if trained.stale:

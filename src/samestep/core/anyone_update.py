@@ -33,6 +33,11 @@ class AnyoneUpdate(ElementUpdate):
         if not self._has_places:
             self._prepare(())
 
+    def _cut(self) -> None:
+        super()._cut()
+        # Empty parameters have no pieces.
+        self._owned = {piece.parameter for piece, _ in self._pairs}
+
     def take_turn(self) -> None:
         """Take what other workers have made of the state since this one has updated last."""
         self._link()
@@ -54,9 +59,8 @@ class AnyoneUpdate(ElementUpdate):
                 f"{type(self._optimizer).__name__} has begun to keep more state than at run.replicate, and other "
                 f"workers are under way with what they know of it. Set momentum, amsgrad and alike before."
             )
-        if not all(self._linked[parameter] for parameter in updated):
-            for parameter in updated:
-                self._is_made[parameter] = 1
+        for parameter in self._owned & set(updated):
+            self._is_made[parameter] = 1
 
     def reseat(self) -> None:
         self._cut()

@@ -96,8 +96,8 @@ class Stepping:
         claims = session.agreed.claims
         if claims and reading.loaders:
             session.record.note(
-                f"loaders={reading.loaders} has no effect under agree={session.agreed.recipe!r}: a shard is read when a "
-                f"worker claims it."
+                f"loaders={reading.loaders} has no effect under agree={session.agreed.recipe!r}: a shard is read when "
+                f"a worker claims it."
             )
         is_first, divided = True, session.crew.num_regroups
         stream = walk.stream(session.worker, slices, ahead, claims)
