@@ -54,8 +54,8 @@ class Agreement(ABC):
         """
 
 
-class Live(ABC):
-    """One worker's side of agreeing.
+class Playing(ABC):
+    """One worker's side of agreeing: what a step calls.
 
     Attributes:
         recipe: what it is the live form of.
@@ -128,7 +128,11 @@ class Live(ABC):
             UsageError, MismatchError: the workers' parts do not fit together.
         """
 
-    def settle(self) -> None:  # noqa: B027
+
+class Live(Playing):
+    """One worker's side of agreeing: also what is kept from step to step, and how it comes to rest."""
+
+    def settle(self) -> None:
         """Bring into the weights what replicas have done by themselves, if anything. Collective."""
 
     def late(self) -> list[Outcome]:
@@ -140,24 +144,24 @@ class Live(ABC):
         """Let no update be under way inside the `with` block, and the weights be the newest. Collective."""
         yield
 
-    def spread(self) -> None:  # noqa: B027
+    def spread(self) -> None:
         """Let replicas go on from the weights as they are now."""
 
-    def reseat(self) -> None:  # noqa: B027
+    def reseat(self) -> None:
         """Take the replicas that fall to this worker now; the model has done so. Collective."""
 
     def state(self) -> tuple[dict[str, torch.Tensor], Any]:
         """Return, for checkpoints, what it keeps from step to step: tensors by name, and plain values. Collective."""
         return {}, None
 
-    def load(self, tensors: Mapping[str, torch.Tensor], values: Any) -> None:  # noqa: B027
+    def load(self, tensors: Mapping[str, torch.Tensor], values: Any) -> None:
         """Take back what `state` gave; without it, start from the weights as they are now. Collective."""
 
     def adopt(self, tensors: Mapping[str, torch.Tensor], values: Any) -> None:
         """Take what `state` gave in a run at another point, of which only the state is wanted. Collective."""
         self.load(tensors, values)
 
-    def take_over(self, values: Any) -> None:  # noqa: B027
+    def take_over(self, values: Any) -> None:
         """Take, in a worker that joins, the plain values that `state` gave; tensors lie in the group's memory."""
 
     def facts(self) -> dict[str, Any]:

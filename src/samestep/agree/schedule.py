@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from samestep.errors import SettingsError, StorageError
+from samestep.errors import SettingsError
 
 _FORMAT = "samestep schedule 1"
 
@@ -34,8 +34,7 @@ class Schedule:
             replay: file to go by, or None.
 
         Raises:
-            SettingsError: the file to go by is none, or of another run.
-            StorageError: the file to write cannot be written.
+            SettingsError: the file to go by is none, or of another run; or the file to write cannot be written.
         """
         self.lags: list[bytes] = []
         self._head = {"format": _FORMAT, "replicas": num_replicas, "bound": bound}
@@ -85,8 +84,8 @@ class Schedule:
         except OSError as error:
             raise self._trouble(error) from error
 
-    def _trouble(self, error: OSError) -> StorageError:
-        return StorageError(f"You set Stale(record={self._path!r}), which cannot be written.", str(error.strerror))
+    def _trouble(self, error: OSError) -> SettingsError:
+        return SettingsError(f"You set Stale(record={self._path!r}), which cannot be written: {error.strerror}.")
 
     def _read(self, path: str) -> list[bytes]:
         try:

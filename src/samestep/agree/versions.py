@@ -102,7 +102,7 @@ class Versions:
         """Let the user's parameters and buffers be those of a version."""
         self.point(version)
         if self._buffer_bytes:
-            self._model.buffers.take(self._buffers[version % self._num_kept])
+            self._model.buffers.restore(self._buffers[version % self._num_kept])
 
     def point(self, version: int) -> None:
         """Let the user's parameters be those of a version."""

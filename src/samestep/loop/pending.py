@@ -6,7 +6,9 @@ That is at once, or, where updates are made later (`agree.stale`), some updates 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from samestep.agree.agreement import Live
 from samestep.agree.meeting import Outcome
@@ -39,12 +41,29 @@ class Trained:
         return len(outcome.bad) == self.batch.size
 
 
+class Counted(Protocol):
+    """The run that they belong to (`Session`)."""
+
+    record: Record
+
+    @property
+    def agreed(self) -> Live:
+        """How replicas agree."""
+
+    @property
+    def replaying(self) -> bool:
+        """Whether what happens now has happened before."""
+
+    def recorded(self, kind: str, make: Callable[[], Any]) -> Any:
+        """Return what `make` gives, and record it; in a replay, what was recorded."""
+
+
 class Pending:
     """The batches, as one worker counts them."""
 
-    def __init__(self, record: Record):
-        """Begin with none; what is left out or skipped is told to `record`."""
-        self._record = record
+    def __init__(self, run: Counted):
+        """Begin with none."""
+        self._run = run
         self._waiting: deque[Trained] = deque()
 
     def __len__(self) -> int:
@@ -54,23 +73,32 @@ class Pending:
         """Take an update that was asked for."""
         self._waiting.append(update)
 
-    def take(self, outcome: Outcome, agreed: Live, silent: bool) -> None:
-        """Count what became of the first of them; nothing if that is not known yet.
-
-        Args:
-            outcome: what became of it.
-            agreed: counts what was not finite or not readable.
-            silent: it was told before.
-        """
+    def take(self, outcome: Outcome) -> None:
+        """Count what became of the first of them; nothing if that is not known yet."""
         if not outcome.is_known:
             return
-        update = self._waiting.popleft()
+        run, update = self._run, self._waiting.popleft()
         if not update.is_left_out(outcome):
-            agreed.tolerance.count(update.optimizer, outcome.problem, update.where)
-        agreed.allowance.count(update.feed.number, outcome.bad, update.where)
-        if outcome.problem and not silent:
-            self._record.skipped(outcome.problem)
+            run.agreed.tolerance.count(update.optimizer, outcome.problem, update.where)
+        run.agreed.allowance.count(update.feed.number, outcome.bad, update.where)
+        if outcome.problem and not run.replaying:
+            run.record.skipped(outcome.problem)
         if update.pass_ == 0:
-            if not silent:
-                self._record.left_out(update.feed.left_out.new_among(outcome.bad), update.batch.number)
+            if not run.replaying:
+                run.record.left_out(update.feed.left_out.new_among(outcome.bad), update.batch.number)
             update.feed.commit(update.batch, SampleCount(*outcome.read), outcome.bad)
+
+    def settle(self) -> None:
+        """Bring into the weights what is under way, and count what became of it. Collective."""
+        run = self._run
+        if not self._waiting:
+            if not run.replaying:
+                run.agreed.settle()
+            return
+
+        def make() -> list[Any]:
+            run.agreed.settle()
+            return [outcome.to_values() for outcome in run.agreed.late()]
+
+        for values in run.recorded("settle", make):
+            self.take(Outcome(*values))

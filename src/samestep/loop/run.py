@@ -150,7 +150,7 @@ class Run:
         session = self._session
         if session.pending:
             # The steps before were left by `break`.
-            session.settle()
+            session.pending.settle()
         source = as_source(data, collate)
         feed = session.feed(data, len(source))
         feed.use_shuffle(shuffle)
@@ -230,6 +230,8 @@ class Run:
         """
         self._outside_shard("run.edit")
         session, model = self._session, self.model
+        if session.pending:
+            session.pending.settle()
         if session.replaying:
             # What was edited then is in the checkpoint; now the block works on copies.
             model.detach()
@@ -239,7 +241,7 @@ class Run:
             finally:
                 model.attach(write=False)
             return
-        session.settle()
+        session.agreed.settle()
         session.calls.meet("run.edit", line_of_user())
         model.integrity.verify(session.calls, "run.edit (verify)", f"at {line_of_user()}")
         model.guard.check()
@@ -291,7 +293,7 @@ class Run:
             session.archive.restore(saved, any_agreement=True)
 
         if session.pending:
-            session.settle()
+            session.pending.settle()
         session.recorded("load", restore)
 
     def log(self, **scalars: float) -> None:

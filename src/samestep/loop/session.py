@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from samestep.agree.agreement import Live
-from samestep.agree.meeting import Outcome
 from samestep.core.arena import Arena
 from samestep.core.calls import Calls, Halted, line_of_user
 from samestep.core.clock import Clock
@@ -84,7 +83,7 @@ class Session:
         self.replay = Replay(self, self.keeper, supervision)
         self.verifies = supervision.verifies
         self.feeds: dict[Any, Feed] = {}
-        self.pending = Pending(self.record)
+        self.pending = Pending(self)
         self._planned: dict[str, Any] = {}
 
     @property
@@ -203,20 +202,6 @@ class Session:
                 self.calls.meet("run.steps (trace)", "")
                 self.calls.halt(TraceEnded())
 
-    def settle(self) -> None:
-        """Bring into the weights what is under way, and count what became of it. Collective."""
-        if not self.pending:
-            if not self.replaying:
-                self.agreed.settle()
-            return
-
-        def make() -> list[Any]:
-            self.agreed.settle()
-            return [outcome.to_values() for outcome in self.agreed.late()]
-
-        for values in self.recorded("settle", make):
-            self.pending.take(Outcome(*values), self.agreed, self.replaying)
-
     def save(self, folder: str, where: str) -> None:
         """Write the checkpoint that the user asked for. Collective.
 
@@ -245,7 +230,7 @@ class Session:
             raise UsageError("main ended without run.replicate(...): nothing was trained.")
         if self.pending:
             # The steps were left by `break`.
-            self.settle()
+            self.pending.settle()
         self.replay.reach("finish")
         self.ledger.check_finished()
         if self.replay.saved is not None:

@@ -156,7 +156,7 @@ class Stepping:
             # Here, not when the step ends: a loop may be left by `break` after its update.
             session.record.num_steps += 1
         session.pending.add(update)
-        session.pending.take(outcome, session.agreed, session.replaying)
+        session.pending.take(outcome)
         if choices.transform is not None or isinstance(model.trained[index].update, WholeUpdate):
             # User code ran on the owners alone, and may have drawn random numbers there.
             seed_step(session.recipe.seed, step.number)
@@ -199,11 +199,11 @@ class Stepping:
     def _after_step(self, last: bool) -> None:
         if self.session.replaying:
             if last and self.session.pending:
-                self.session.settle()
+                self.session.pending.settle()
             self.session.replay.reach("after_step")
         else:
             if last:
-                self.session.settle()
+                self.session.pending.settle()
             self.session.keeper.after_step(last)
 
     def _on_device(self, shards: Sequence[Shard | None]) -> Sequence[Shard | None]:
