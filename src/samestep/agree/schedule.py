@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 from samestep.errors import SettingsError
 
@@ -40,7 +40,6 @@ class Schedule:
         self._head = {"format": _FORMAT, "replicas": num_replicas, "bound": bound}
         self._given = self._read(replay) if replay is not None else []
         self._path = record
-        self._file: TextIO | None = None
         self.load([])
 
     def lag(self, number: int, replica: int) -> int | None:
@@ -55,37 +54,24 @@ class Schedule:
     def load(self, lags: Sequence[bytes]) -> None:
         """Go on after updates with these lags."""
         self.lags = list(lags)
-        if self._path is None:
-            return
-        try:
-            self.close()
-            self._file = open(self._path, "w", encoding="utf-8")  # noqa: SIM115  for as long as the run
-            self._file.write(json.dumps(self._head) + "\n")
-        except OSError as error:
-            raise self._trouble(error) from error
-        self._write(self.lags)
+        self._write(self.lags, [self._head])
 
     def histogram(self) -> dict[int, int]:
         """Return the number of shards of each lag."""
         return dict(sorted(Counter(lag for lags in self.lags for lag in lags).items()))
 
-    def close(self) -> None:
-        """Write no more."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def _write(self, lags: Sequence[bytes]) -> None:
-        if self._file is None:
+    def _write(self, lags: Sequence[bytes], head: Sequence[Any] = ()) -> None:
+        """Write lags behind what is there, or, with a head, all anew."""
+        if self._path is None:
             return
+        lines = [*head, *(list(one) for one in lags)]
         try:
-            self._file.writelines(json.dumps(list(one)) + "\n" for one in lags)
-            self._file.flush()
+            with open(self._path, "w" if head else "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
         except OSError as error:
-            raise self._trouble(error) from error
-
-    def _trouble(self, error: OSError) -> SettingsError:
-        return SettingsError(f"You set Stale(record={self._path!r}), which cannot be written: {error.strerror}.")
+            raise SettingsError(
+                f"You set Stale(record={self._path!r}), which cannot be written: {error.strerror}."
+            ) from error
 
     def _read(self, path: str) -> list[bytes]:
         try:

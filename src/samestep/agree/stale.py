@@ -259,7 +259,6 @@ class LiveStale(_UnderWay):
         return self.pipeline.give(due, request)
 
     def facts(self) -> dict[str, Any]:
-        self.schedule.close()
         return {
             "agreement": repr(self.recipe),
             "staleness": self.schedule.histogram(),
