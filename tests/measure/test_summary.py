@@ -131,3 +131,10 @@ def test_it_tells_how_many_updates_were_looked_at():
     facts = {**FACTS, "updates": 3000, "updates_verified": 2934}
     assert "no bit flipped before 2,934 of 3,000 updates" in shown(facts)
     assert "memory checks" not in shown({**facts, "updates_verified": 0}) and "memory checks" not in shown(FACTS)
+
+
+def test_it_tells_how_stale_the_weights_were():
+    facts = {**FACTS, "staleness": {0: 10, 2: 30}, "stale_bytes": 1 << 20}
+    assert "0: 25%, 2: 75% of the shards; 1.0 MiB" in shown(facts)
+    assert "that replay this schedule" in shown(facts)
+    assert "replay" not in shown({**facts, "staleness": {0: 40}})

@@ -28,7 +28,11 @@ _WORD_BYTES = 1 << 18
 
 
 class Board:
-    """The board, as one worker sees it."""
+    """The board, as one worker sees it.
+
+    Attributes:
+        newest: the newest version of the weights when this worker last claimed a shard.
+    """
 
     def __init__(self, group: Group, num_replicas: int, bound: int):
         """Begin at update 0. Collective."""
@@ -36,6 +40,7 @@ class Board:
         self._num_replicas = num_replicas
         self._num_claims = bound + 1
         self._num_kept = 2 * bound + 2
+        self.newest = 0
         self.open(0)
 
     def open(self, number: int) -> None:
@@ -64,10 +69,16 @@ class Board:
         """How many updates are in the weights."""
         return int(self._words[0])
 
+    def is_committed(self, number: int) -> bool:
+        """Return whether update `number` is in the weights; if so, all that was written for it can be read."""
+        with self._group.exclusive:
+            return self.committed > number
+
     def claim(self, number: int) -> int | None:
         """Return a replica of update `number` that nobody plays yet, to be played here; None if there is none."""
         place = number % self._num_claims
         with self._group.exclusive:
+            self.newest = self.committed
             of, count = divmod(int(self._claimed[place]), self._num_replicas + 1)
             replica = count if of == number else 0
             if replica == self._num_replicas:

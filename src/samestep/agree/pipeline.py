@@ -44,13 +44,13 @@ class Shards:
         bad: [replica, first parameter, last parameter, number of parameters] of what is not finite.
         huge: whether sums may overflow.
         lags: (replica, updates that its weights lacked).
-        missing: (replica, parameters it did not use).
+        missing: (replica, parameters it did not use, as the bits of a hexadecimal number).
     """
 
     bad: Sequence[Sequence[int]]
     huge: bool
     lags: Sequence[tuple[int, int]]
-    missing: Sequence[tuple[int, Sequence[int]]]
+    missing: Sequence[tuple[int, str]]
 
     def to_values(self) -> list[Any]:
         """Return it as JSON values."""
@@ -110,7 +110,7 @@ class Pipeline:
     def await_commit(self, number: int) -> None:
         """Return once update `number` is made; make it, and those before, where nobody else does."""
         before = self._live.clock.to("wait")
-        while self._board.committed <= number:
+        while not self._board.is_committed(number):
             self.advance()
             self._board.wait(number, lambda: self._board.committed < self.number)
         self._live.clock.to(before)
@@ -252,10 +252,12 @@ class Pipeline:
 
     def _absent(self, met: Meeting) -> Absent:
         """Return, for parameters that some replicas did not use, those replicas."""
-        everything = range(len(self._trained.weights.parameters))
-        missing = {replica: unused for *_, told in met.own for replica, unused in told}
+        num_parameters = len(self._trained.weights.parameters)
+        missing = {replica: int(bits, 16) for *_, told in met.own for replica, bits in told}
         absent: dict[int, tuple[int, ...]] = {}
         for replica in range(self._live.model.num_replicas):
-            for parameter in missing.get(replica, everything):
-                absent[parameter] = (*absent.get(parameter, ()), replica)
+            bits = missing.get(replica, (1 << num_parameters) - 1)
+            for parameter in range(num_parameters) if bits else ():
+                if bits >> parameter & 1:
+                    absent[parameter] = (*absent.get(parameter, ()), replica)
         return absent

@@ -186,7 +186,7 @@ class LiveStale(_UnderWay):
         super().__init__(*bound)
         self._lags: dict[int, int] = {}
         self._lag = 0
-        self._missing: list[tuple[int, list[int]]] = []
+        self._missing: list[tuple[int, str]] = []
 
     def begin_pass(self) -> None:
         self.model.guard.check_traces()
@@ -210,7 +210,7 @@ class LiveStale(_UnderWay):
         number = self.pipeline.number
         lag = self.schedule.lag(number, replica)
         if lag is None:
-            version = self.board.committed
+            version = self.board.newest
         else:
             version = number - lag
             self.pipeline.await_commit(version - 1)
@@ -226,7 +226,8 @@ class LiveStale(_UnderWay):
         gradients, number = self.model.trained[0].gradients, self.pipeline.number
         gradients.end_shard()
         self.versions.publish(number, replica)
-        self._missing.append((replica, gradients.missing(self.versions.leaf(number, replica))))
+        bits = sum(1 << parameter for parameter in gradients.missing(self.versions.leaf(number, replica)))
+        self._missing.append((replica, f"{bits:x}"))
         self.show()
 
     def share(self, weight: float, size: int, counted: bool) -> float:
