@@ -23,16 +23,12 @@ _States = tuple[list[Any], tuple[dict[str, torch.Tensor], Any]]
 
 
 class Archive:
-    """Saves and restores what was replicated.
-
-    Attributes:
-        agreed: how replicas agree.
-    """
+    """Saves and restores what was replicated."""
 
     def __init__(self, model: Model, group: Group, agreed: Live):
         self._model = model
         self._group = group
-        self.agreed = agreed
+        self._agreed = agreed
 
     def prepare(self, folder: str) -> None:
         """See that checkpoints can be written to a folder, before hours depend on it. Collective.
@@ -93,13 +89,13 @@ class Archive:
             MismatchError: it holds another model, or was made under another way to agree.
         """
         self._check(saved)
-        recipe, mine = saved.facts["model"]["agreed"]["recipe"], repr(self.agreed.recipe)
+        recipe, mine = saved.facts["model"]["agreed"]["recipe"], repr(self._agreed.recipe)
         if recipe != mine and not any_agreement:
             raise MismatchError(
                 f"The checkpoint {saved.path} was made with agree={recipe}, and you set agree={mine}. Set it as it "
                 f"was, or start a new run from its weights: run.load({str(saved.path)!r})."
             )
-        with self.agreed.drained():
+        with self._agreed.drained():
             self._restore(saved, recipe == mine, any_agreement)
 
     def _restore(self, saved: checkpoint.Checkpoint, same_recipe: bool, any_agreement: bool) -> None:
@@ -116,7 +112,7 @@ class Archive:
         for number, trained in enumerate(self._model.trained):
             self._restore_optimizer(trained, facts["optimizers"][number], saved.state, f"optimizer.{number}.")
         kept = {n.removeprefix(_AGREED): t for n, t in saved.state.items() if n.startswith(_AGREED)}
-        load = self.agreed.adopt if any_agreement else self.agreed.load
+        load = self._agreed.adopt if any_agreement else self._agreed.load
         load(*((kept, facts["agreed"]["values"]) if same_recipe else ({}, None)))
         self._set_others(facts)
         self._group.exchange(b"")
@@ -133,7 +129,7 @@ class Archive:
                     target.copy_(tensor)
         for trained, kept in zip(self._model.trained, facts["optimizers"], strict=True):
             trained.take_over(kept["groups"], {int(i): numbers for i, numbers in kept["numbers"].items()})
-        self.agreed.take_over(facts["agreed"]["values"])
+        self._agreed.take_over(facts["agreed"]["values"])
         self._set_others(facts)
         self._model.guard.accept()
 
@@ -149,7 +145,7 @@ class Archive:
 
     def _states(self) -> _States:
         """Return what workers must gather before the first writes. Collective."""
-        return [trained.update.full_state() for trained in self._model.trained], self.agreed.state()
+        return [trained.update.full_state() for trained in self._model.trained], self._agreed.state()
 
     def _first(self, act: Callable[[], Any]) -> CheckpointError | None:
         """Let the first worker act; return on every worker the error that this ended with. Collective."""
@@ -202,7 +198,7 @@ class Archive:
             "optimizers": optimizers,
             "others": others,
             "extras": extras,
-            "agreed": {"recipe": repr(self.agreed.recipe), "values": values},
+            "agreed": {"recipe": repr(self._agreed.recipe), "values": values},
         }
         return weights, state, model
 
