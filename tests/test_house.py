@@ -47,6 +47,7 @@ PUBLIC = [
     "Run",
     "SamestepError",
     "SettingsError",
+    "Stale",
     "Step",
     "Synchronous",
     "TrimmedMean",

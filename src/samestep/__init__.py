@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from samestep.agree.federated import Federated
     from samestep.agree.local import Local
     from samestep.agree.outer import Adaptive, Average, Momentum, Nesterov
+    from samestep.agree.stale import Stale
     from samestep.agree.synchronous import Synchronous
     from samestep.errors import (
         BudgetError,
@@ -46,6 +47,7 @@ _HOMES = {
     "launch": "samestep.settings",
     "Run": "samestep.loop.run",
     "Step": "samestep.loop.step",
+    "Stale": "samestep.agree.stale",
     "Synchronous": "samestep.agree.synchronous",
     "Federated": "samestep.agree.federated",
     "Clients": "samestep.federated.clients",
@@ -85,6 +87,7 @@ __all__ = [
     "Run",
     "SamestepError",
     "SettingsError",
+    "Stale",
     "Step",
     "Synchronous",
     "TrimmedMean",

@@ -349,6 +349,78 @@ def test_a_worker_that_ends_before_a_transfer_is_missed(fleet, kind, size):
     assert all(outcome["left"] == [] for outcome in outcomes)
 
 
+# ------------------------------------------------------------------------------------------------ without meeting
+
+
+def counts_alone(group: Group, num_rounds: int) -> int:
+    """Everybody counts up one number, slowly; the last one then waits for all."""
+    words = group.allocate(8).view(torch.int64)
+    for _ in range(num_rounds):
+        with group.exclusive:
+            seen = int(words[0])
+            os.sched_yield()
+            words[0] = seen + 1
+        group.wake()
+    group.wait_until(lambda: int(words[0]) == num_rounds * group.worker.size)
+    return int(words[0])
+
+
+@over(IN_PROCESS + ARENAS)
+def test_one_at_a_time(fleet, kind, size):
+    assert play(fleet, kind, size, counts_alone, num_rounds=300) == [300 * size] * size
+
+
+def turns_and_meetings(group: Group, num_rounds: int) -> None:
+    """Waits and exchanges in turn, at another pace on every worker."""
+    words = group.allocate(8 * group.worker.size).view(torch.int64)
+    rank, size = group.worker.rank, group.worker.size
+    for turn in range(num_rounds):
+        for count in range(1 + (rank + turn) % 3):
+            words[rank] = turn * 3 + count + 1
+            group.wake()
+        group.wait_until(lambda turn=turn: int(words[(rank + 1) % size]) > turn * 3)
+        assert group.exchange(b"%d" % turn) == [b"%d" % turn] * size
+
+
+@over(IN_PROCESS + ARENAS)
+def test_waits_between_exchanges(fleet, kind, size):
+    play(fleet, kind, size, turns_and_meetings, num_rounds=60)
+
+
+def waits_for_one_that_is_gone(group: Group) -> str:
+    group.exchange(b"")
+    if group.worker.rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        group.wait_until(lambda: False)
+    except PeerError as error:
+        return str(error)
+    return ""
+
+
+def test_nobody_waits_for_one_that_is_gone(fleet):
+    outcomes = fleet.outcomes(waits_for_one_that_is_gone, "arena", 2, limit_seconds=30)
+    assert "returned" in outcomes[1] and outcomes[1]["returned"], outcomes
+
+
+def holds_the_lock_and_dies(group: Group) -> bool:
+    words = group.allocate(8).view(torch.int64)
+    group.exchange(b"")
+    if group.worker.rank == 0:
+        with group.exclusive:
+            words[0] = 1
+            os.kill(os.getpid(), signal.SIGKILL)
+    while not int(words[0]):
+        time.sleep(0.001)
+    with group.exclusive:
+        return True
+
+
+def test_a_lock_does_not_outlive_who_holds_it(fleet):
+    outcomes = fleet.outcomes(holds_the_lock_and_dies, "arena", 2, limit_seconds=30)
+    assert outcomes[1].get("returned") is True, outcomes
+
+
 # ---------------------------------------------------------------------------------------------------- names and ports
 
 

@@ -9,6 +9,7 @@ The model, the optimizer and the files are stand-ins. A step's loss is the mean 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -90,6 +91,8 @@ class Agreed:
         self.begin_pass = self.begin_shard = self.leave_shard = self.end_shard = self.settle = nothing
         self.facts = dict
         self.can_move = True
+        self.claims = False
+        self.drained = contextlib.nullcontext
 
     def update(self, request: Any, part: Any) -> Outcome:
         parts, values = self.fleet.parts, self.fleet.values

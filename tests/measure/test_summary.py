@@ -138,3 +138,10 @@ def test_it_tells_how_many_shards_were_audited():
     assert "1,047 shards were computed by two workers, with the same bits" in shown(facts)
     assert "1 shard was computed twice" in shown({**facts, "workers": 1, "audited": 1})
     assert "audits" not in shown({**facts, "audited": 0}) and "audits" not in shown(FACTS)
+
+
+def test_it_tells_how_stale_the_weights_were():
+    facts = {**FACTS, "staleness": {0: 10, 2: 30}, "stale_bytes": 1 << 20}
+    assert "0: 25%, 2: 75% of the shards; 1.0 MiB" in shown(facts)
+    assert "that replay this schedule" in shown(facts)
+    assert "replay" not in shown({**facts, "staleness": {0: 40}})

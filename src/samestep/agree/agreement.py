@@ -8,7 +8,8 @@ step.update()              update
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,18 +54,21 @@ class Agreement(ABC):
         """
 
 
-class Live(ABC):
-    """One worker's side of agreeing.
+class Playing(ABC):
+    """One worker's side of agreeing: what a step calls.
 
     Attributes:
         recipe: what it is the live form of.
         model, group, calls, clock, tolerance, allowance: as given to `bind`.
         can_move: whether replicas can be played by other workers from one step to the next.
         sums_gradients: whether there is one update, from the sum of all replicas' gradients.
+        claims: whether workers claim the shards of a pass one by one, as they come free, instead of playing fixed runs
+            of replicas; and come to the end of a pass without meeting.
     """
 
     can_move = True
     sums_gradients = True
+    claims = False
 
     def __init__(
         self,
@@ -87,6 +91,10 @@ class Live(ABC):
     @abstractmethod
     def begin_pass(self) -> None:
         """Begin to play the shards of a pass; what was played since the last update is void."""
+
+    def claim(self) -> int | None:
+        """Return a replica whose shard of this pass this worker shall play now; None if none is left."""
+        return None
 
     @abstractmethod
     def begin_shard(self, index: int, replica: int) -> None:
@@ -124,23 +132,40 @@ class Live(ABC):
             UsageError, MismatchError: the workers' parts do not fit together.
         """
 
-    def settle(self) -> None:  # noqa: B027
+
+class Live(Playing):
+    """One worker's side of agreeing: also what is kept from step to step, and how it comes to rest."""
+
+    def settle(self) -> None:
         """Bring into the weights what replicas have done by themselves, if anything. Collective."""
 
-    def spread(self) -> None:  # noqa: B027
+    def late(self) -> list[Outcome]:
+        """Return, after `settle`, what became of the updates that `update` has not told yet."""
+        return []
+
+    @contextmanager
+    def drained(self) -> Iterator[None]:
+        """Let no update be under way inside the `with` block, and the weights be the newest. Collective."""
+        yield
+
+    def spread(self) -> None:
         """Let replicas go on from the weights as they are now."""
 
-    def reseat(self) -> None:  # noqa: B027
+    def reseat(self) -> None:
         """Take the replicas that fall to this worker now; the model has done so. Collective."""
 
     def state(self) -> tuple[dict[str, torch.Tensor], Any]:
         """Return, for checkpoints, what it keeps from step to step: tensors by name, and plain values. Collective."""
         return {}, None
 
-    def load(self, tensors: Mapping[str, torch.Tensor], values: Any) -> None:  # noqa: B027
+    def load(self, tensors: Mapping[str, torch.Tensor], values: Any) -> None:
         """Take back what `state` gave; without it, start from the weights as they are now. Collective."""
 
-    def take_over(self, values: Any) -> None:  # noqa: B027
+    def adopt(self, tensors: Mapping[str, torch.Tensor], values: Any) -> None:
+        """Take what `state` gave in a run at another point, of which only the state is wanted. Collective."""
+        self.load(tensors, values)
+
+    def take_over(self, values: Any) -> None:
         """Take, in a worker that joins, the plain values that `state` gave; tensors lie in the group's memory."""
 
     def facts(self) -> dict[str, Any]:

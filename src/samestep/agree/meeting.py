@@ -89,6 +89,8 @@ class Outcome:
         problem: what was not finite, if the update was skipped for it; else empty.
         read: how many samples all workers read for it, and the sum of their hashes modulo 2**64.
         bad: samples that were left out, in the order of the batch.
+        is_known: whether this is what became of an update at all: where updates are made later, the first ones of a
+            run give nothing back yet, and those after them give what became of an earlier one.
     """
 
     loss: float
@@ -98,6 +100,14 @@ class Outcome:
     problem: str = ""
     read: tuple[int, int] = (0, 0)
     bad: Bad = ()
+    is_known: bool = True
+
+    def to_values(self) -> list[Any]:
+        """Return its fields in order, as values that the ledger takes."""
+        bad = [list(one) for one in self.bad]
+        return [
+            *(self.loss, self.grad_norm, self.means, self.skipped, self.problem, list(self.read), bad, self.is_known),
+        ]
 
 
 @dataclass(frozen=True)
@@ -160,9 +170,13 @@ class Meeting:
             own: what else it tells (JSON values).
             frame: further bytes.
         """
+        return cls(request, calls.meet("step.update", request.where, cls.told(part, terms, own), frame))
+
+    @staticmethod
+    def told(part: Part, terms: Sequence[Any], own: Any = None) -> list[Any]:
+        """Return what a worker tells of its part, as JSON values."""
         samples = list(part.samples.items())
-        value = [own, terms, part.losses, part.counted, samples, part.means, part.changed, part.read, part.bad]
-        return cls(request, calls.meet("step.update", request.where, value, frame))
+        return [own, terms, part.losses, part.counted, samples, part.means, part.changed, part.read, part.bad]
 
     @property
     def is_empty(self) -> bool:

@@ -34,6 +34,7 @@ promise this, both sides pass through a system call on the eventfd, which orders
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import mmap
 import os
@@ -161,6 +162,7 @@ class Arena(SharedMemoryGroup):
         self._pages = Pages(self._words, self._mine + _PAGES)
         self._poll = select.poll()
         self._poll.register(handles.events[self.slot], select.POLLIN)
+        self.exclusive = _Lock(handles.control)
 
     @contextlib.contextmanager
     def mendable(self) -> Iterator[None]:
@@ -193,12 +195,12 @@ class Arena(SharedMemoryGroup):
                 break
             # Who joins cannot know what the others do now, so it is left out, and comes again another time.
             if self.slot not in before:
-                self._lose("A worker died while this one joined.")
+                self.lose("A worker died while this one joined.")
             joining = ()
         # Those who came last are behind the others.
         regions, is_whole, self.deaths.answered = told[0][1]
         if not is_whole:
-            self._lose("All workers that knew the state are gone.")
+            self.lose("All workers that knew the state are gone.")
         self._regions.go_on_with(regions)
         return [value for _, _, value in told]
 
@@ -268,11 +270,26 @@ class Arena(SharedMemoryGroup):
         # More workers than cores: a spinning worker would keep the one it waits for from running.
         self._spin_seconds = _SPIN_SECONDS if size <= len(os.sched_getaffinity(0)) else 0.0
 
-    def _lose(self, why: str) -> NoReturn:
+    def lose(self, why: str) -> NoReturn:
         """Give up: who supervises the run starts all anew."""
         if self._give_up is not None:
             self._give_up()
         raise PeerError(why)
+
+    def wait_until(self, holds: Callable[[], bool]) -> None:
+        words, begin = self._words, time.perf_counter()
+        while not holds():
+            if words[0] or any(self.deaths.has_died(slot) for slot in self.members):
+                self.lose("Another worker of this run has died.")
+            if time.perf_counter() - begin < _YIELD_SECONDS:
+                os.sched_yield()
+                continue
+            words[self._mine + 3] = 1
+            # As in an exchange: should the flag be missed, the timeout ends the nap.
+            if not holds() and self._poll.poll(_BLOCK_SECONDS * 1e3):
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._handles.events[self.slot])
+            words[self._mine + 3] = 0
 
     def _round(self, message: bytes, num_rounds: int) -> tuple[list[bytes], int]:
         """Exchange messages that fit a buffer; also return the largest `num_rounds` that a worker announced."""
@@ -302,7 +319,7 @@ class Arena(SharedMemoryGroup):
         words = self._words
         waiting = [line for line in self._others if words[line] < count]
         if not waiting:
-            self._wake()
+            self.wake()
             return
         begin = time.perf_counter()
         while True:
@@ -317,7 +334,7 @@ class Arena(SharedMemoryGroup):
                 continue
             self._block_until(waiting, count)
         # Two that arrive last at once may each have missed the other, so whoever saw all arrive looks for sleepers.
-        self._wake()
+        self.wake()
         if not _ORDERED_STORES:
             os.sched_yield()
 
@@ -330,7 +347,7 @@ class Arena(SharedMemoryGroup):
         if all(self.deaths.has_died(line // _WORDS - 1) and words[line] < count for line in waiting):
             if self._num_mendable:
                 raise WorkerLost
-            self._lose("Another worker of this run has died.")
+            self.lose("Another worker of this run has died.")
         words[self._mine + 3] = 1
         # Looked at once more after the flag is up. Should the flag still be missed, the timeout ends the nap.
         if any(words[line] < count for line in waiting) and self._poll.poll(_BLOCK_SECONDS * 1e3):
@@ -338,12 +355,24 @@ class Arena(SharedMemoryGroup):
                 os.eventfd_read(self._handles.events[self.slot])
         words[self._mine + 3] = 0
 
-    def _wake(self) -> None:
-        """Wake those who sleep, once all have arrived."""
+    def wake(self) -> None:
         words = self._words
         for slot, line in zip(self.members, self._lines, strict=True):
             if words[line + 3] and line != self._mine:
                 os.eventfd_write(self._handles.events[slot], 1)
+
+
+class _Lock:
+    """Held by one process at a time; the kernel takes it from one that dies."""
+
+    def __init__(self, descriptor: int):
+        self._descriptor = descriptor
+
+    def __enter__(self) -> None:
+        fcntl.lockf(self._descriptor, fcntl.LOCK_EX)
+
+    def __exit__(self, *error: object) -> None:
+        fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
 
 
 def _messages_start(num_workers: int) -> int:

@@ -54,7 +54,7 @@ class Buffers:
                     f"You set buffers={rule!r}; a rule is 'mean' or 'first', or a dict of them by name."
                 )
         self._slots: list[tuple[dict, str, torch.Tensor]] = []
-        entries = self._find(modules)
+        entries = _find(modules, self._rules)
         self._segments: list[tuple[slice, torch.dtype | None]] = []
         offsets, end = [], 0
         for dtype, _, _, _, buffer in entries:
@@ -119,6 +119,26 @@ class Buffers:
         self._of(self._meeting, replica).copy_(self._memory)
         return True
 
+    @property
+    def now(self) -> torch.Tensor:
+        """The buffers as they are in the modules, uint8."""
+        self._reattach()
+        return self._memory
+
+    def join(self, ends: Sequence[torch.Tensor], weights: Sequence[float], into: torch.Tensor) -> None:
+        """Merge the buffers of some replicas into `into`.
+
+        Args:
+            ends: of each replica, in order; uint8.
+            weights: of each; they add up to 1.
+            into: uint8.
+        """
+        for where, dtype in self._segments:
+            if dtype is None or len(ends) == 1:
+                into[where] = ends[0][where]
+            else:
+                into[where].view(dtype).copy_(_mean([e[where].view(dtype) for e in ends], list(weights)))
+
     def keep(self, replicas: Iterable[int]) -> None:
         """Let some replicas that this worker plays keep what they published, and go back to the pass's start."""
         for replica in replicas:
@@ -172,37 +192,21 @@ class Buffers:
         ends = [self._of(self._meeting, r) if r in changed else self._start for r in sorted(counts)]
         total = sum(counts.values())
         weights = [counts[r] / total for r in sorted(counts)]
-        for where, dtype in self._segments:
-            if dtype is None or len(ends) == 1:
-                self._memory[where] = ends[0][where]
-            else:
-                self._memory[where].view(dtype).copy_(_mean([e[where].view(dtype) for e in ends], weights))
+        self.join(ends, weights, self._memory)
         self._dirty = False
 
-    def restore(self) -> None:
-        """Give the buffers the values of the pass's start, as if it had not been."""
+    def restore(self, start: torch.Tensor | None = None) -> None:
+        """Give the buffers the values of the pass's start, as if it had not been.
+
+        Args:
+            start: uint8: is that start from now on.
+        """
         if self.num_bytes:
             self._reattach()
+            if start is not None:
+                self._start.copy_(start)
             self._memory.copy_(self._start)
             self._dirty = False
-
-    def _find(self, modules: Sequence[tuple[str, torch.nn.Module]]) -> list[tuple]:
-        """Return (dtype of the mean or None, name, home, key, buffer), those merged alike next to each other."""
-        entries, seen = [], set()
-        for prefix, module in modules:
-            for path, owner in module.named_modules():
-                for key, buffer in owner._buffers.items():
-                    if buffer is None or not buffer.numel() or (id(owner), key) in seen:
-                        continue
-                    seen.add((id(owner), key))
-                    name = f"{prefix}{path}.{key}" if path else f"{prefix}{key}"
-                    mean = buffer.dtype.is_floating_point and self._rule_of(name) == "mean"
-                    entries.append((buffer.dtype if mean else None, name, owner._buffers, key, buffer))
-        return sorted(entries, key=lambda e: (str(e[0]), e[1]))
-
-    def _rule_of(self, name: str) -> str:
-        matches = [rule for pattern, rule in self._rules.items() if fnmatch.fnmatchcase(name, pattern)]
-        return matches[0] if matches else "mean"
 
     def _reattach(self) -> None:
         """Take over the values of buffers that the module replaced by new tensors."""
@@ -211,6 +215,26 @@ class Buffers:
             if now is not view and now is not None:
                 view.copy_(now)
                 home[key] = view
+
+
+def _find(modules: Sequence[tuple[str, torch.nn.Module]], rules: Mapping[str, Rule]) -> list[tuple]:
+    """Return (dtype of the mean or None, name, home, key, buffer), those merged alike next to each other."""
+    entries, seen = [], set()
+    for prefix, module in modules:
+        for path, owner in module.named_modules():
+            for key, buffer in owner._buffers.items():
+                if buffer is None or not buffer.numel() or (id(owner), key) in seen:
+                    continue
+                seen.add((id(owner), key))
+                name = f"{prefix}{path}.{key}" if path else f"{prefix}{key}"
+                mean = buffer.dtype.is_floating_point and _rule_of(rules, name) == "mean"
+                entries.append((buffer.dtype if mean else None, name, owner._buffers, key, buffer))
+    return sorted(entries, key=lambda e: (str(e[0]), e[1]))
+
+
+def _rule_of(rules: Mapping[str, Rule], name: str) -> str:
+    matches = [rule for pattern, rule in rules.items() if fnmatch.fnmatchcase(name, pattern)]
+    return matches[0] if matches else "mean"
 
 
 def _mean(values: list[torch.Tensor], weights: list[float]) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -126,6 +126,32 @@ class Calls:
             met.append((their_value, rest[int(length) :]))
         return met
 
+    def begin(self, kind: str, where: str) -> list[Any]:
+        """Begin a call that the others need not have come to; return what to tell them of it (JSON values).
+
+        Raises:
+            Halted: the run has ended.
+        """
+        if self._halted is not None:
+            raise self._halted
+        self.number += 1
+        asked, self._asked = self._asked, 0
+        if self._orders is not None and self._group.worker.is_first:
+            asked |= self._orders()
+        return [self.number, kind, where, asked]
+
+    def end(self, told: Sequence[Sequence[Any]]) -> None:
+        """Take what all workers told of such a call, in rank order.
+
+        Raises:
+            MismatchError: one of them was at another call.
+        """
+        number, kind, where, _ = told[self._group.worker.rank]
+        for rank, (their_number, their_kind, their_line, their_asked) in enumerate(told):
+            self._heard |= their_asked
+            if (their_number, their_kind) != (number, kind):
+                raise self._parted(kind, where, rank, their_number, their_kind, their_line, number)
+
     def end_shards(self) -> None:
         """Meet all workers where their shards of a step are done. It tells nothing, so it costs little.
 
@@ -146,9 +172,12 @@ class Calls:
                 number, kind, line, *_ = json.loads(rest[: int(length)])
                 raise self._parted(_END_OF_SHARDS, line_of_user(), rank, number, kind, line)
 
-    def _parted(self, kind: str, where: str, rank: int, number: int, their_kind: str, their_line: str) -> MismatchError:
+    def _parted(
+        self, kind: str, where: str, rank: int, number: int, their_kind: str, their_line: str, mine: int | None = None
+    ) -> MismatchError:
+        mine = mine if mine is not None else self.number
         return MismatchError(
-            f"Workers are at different calls: worker {self._group.worker.rank} at call {self.number}, {kind} "
+            f"Workers are at different calls: worker {self._group.worker.rank} at call {mine}, {kind} "
             f"({where}); worker {rank} at call {number}, {their_kind} ({their_line}). The script took different paths. "
             f"Decide by step.loss, step.mean, run.mean or run.once, which are the same on every worker."
         )

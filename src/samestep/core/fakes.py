@@ -129,16 +129,21 @@ class _ThreadGroup(SharedMemoryGroup):
             self._check_all_there()
             messages = stage.round
             messages[rank] = bytes(message)
-            if rank == self.worker.size - 1:
+            if None not in messages:
                 stage.round = [None] * self.worker.size
-            generators = _generators()
-            stage.pass_on()
-            stage.condition.wait_for(self._has_turn)
-            _restore(generators)
-            replies = [m for m in messages if m is not None]
-            if len(replies) < self.worker.size:
+            self._pause()
+            # Another may have been in `wait_until` meanwhile, and came back without a message.
+            while None in messages:
                 self._check_all_there()
-        return replies
+                self._pause()
+        return [m for m in messages if m is not None]
+
+    def wait_until(self, holds: Callable[[], bool]) -> None:
+        with self._stage.condition:
+            self._stage.condition.wait_for(self._has_turn)
+            while not holds():
+                self._check_all_there()
+                self._pause()
 
     def allocate(self, num_bytes: int, name: str = "") -> torch.Tensor:
         memories = self._stage.memories
@@ -153,6 +158,13 @@ class _ThreadGroup(SharedMemoryGroup):
                 f"Every worker must allocate the same sizes in the same order."
             )
         return memory
+
+    def _pause(self) -> None:
+        """Let the others go on until it is this worker's turn again. Call it with the condition held."""
+        generators = _generators()
+        self._stage.pass_on()
+        self._stage.condition.wait_for(self._has_turn)
+        _restore(generators)
 
     def _has_turn(self) -> bool:
         return self._stage.turn == self.worker.rank
@@ -170,6 +182,7 @@ class _Wrapper(Group):
         self.inner = group
         self.worker = group.worker
         self.shares_memory = group.shares_memory
+        self.exclusive = group.exclusive
 
     @abstractmethod
     def before(self, kind: str) -> None:
@@ -205,6 +218,12 @@ class _Wrapper(Group):
 
     def protect(self, memory: torch.Tensor, read_only: bool) -> None:
         self.inner.protect(memory, read_only)
+
+    def wait_until(self, holds: Callable[[], bool]) -> None:
+        self.inner.wait_until(holds)
+
+    def wake(self) -> None:
+        self.inner.wake()
 
     def close(self) -> None:
         self.inner.close()

@@ -150,6 +150,7 @@ class Gradients:
         finite: what was seen in the gradients of this pass.
         hooked: whether gradients are folded while backward runs. A lone worker with one replica has nothing to add:
             its gradients can wait for the end of the shard, and are looked at together.
+        is_many: whether every parameter is treated as one whose gradient arrives several times per shard.
     """
 
     def __init__(self, weights: Weights, script: Script, area: GradientArea | None, many: bool = False):
@@ -170,6 +171,7 @@ class Gradients:
         self.num_folded = 0
         self.finite = Finite(weights.parameters)
         self.hooked = area is not None or len(script.leaves) > 1
+        self.is_many = many
         self._sums: list[_Sums] = []
         for index, (parameter, offset) in enumerate(zip(weights.parameters, weights.layout.sum_offsets, strict=True)):
             places = {}
@@ -235,6 +237,10 @@ class Gradients:
         if self.num_folded == len(self._sums) * len(self.script.leaves):
             return None
         return bytes(s.full[buffer] is not None for buffer in self.script.node_buffers for s in self._sums)
+
+    def missing(self, buffer: int) -> list[int]:
+        """Return the parameters of which a buffer holds no sum."""
+        return [s.index for s in self._sums if s.full[buffer] is None]
 
     def not_finite(self) -> Found:
         """Return this worker's shards in which a gradient is NaN or infinite, and which parameters'."""

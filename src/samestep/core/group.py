@@ -12,12 +12,14 @@ the arena (one host, shared memory), `torch.distributed` (many hosts, GPUs), and
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NoReturn
 
 import torch
 
 from samestep.core.worker import Worker
+from samestep.errors import PeerError
 
 ALIGNMENT = 64
 """Bytes. Every parameter, state block, gradient area and input tensor starts on a multiple of it."""
@@ -56,12 +58,15 @@ class Group(ABC):
         shares_memory: what one worker writes, all can read after the next `exchange`.
         loses_workers: the others can go on without a worker that has died, see `WorkerLost`.
         slot: what stays of a worker when ranks change.
+        exclusive: `with group.exclusive:` lets one worker in at a time, where memory is shared. What was written inside
+            is seen by who comes in later.
     """
 
     worker: Worker
     shares_memory: bool
     loses_workers = False
     slot = 0
+    exclusive: AbstractContextManager[object] = nullcontext()
 
     @abstractmethod
     def exchange(self, message: bytes) -> list[bytes]:
@@ -111,6 +116,29 @@ class Group(ABC):
 
         A write then kills the worker. Does nothing where other things may lie on the same pages.
         """
+
+    def wait_until(self, holds: Callable[[], bool]) -> None:
+        """Return once something in shared memory holds. No barrier: the others need not wait.
+
+        Args:
+            holds: looks at shared memory, as often as it is called; who makes it true calls `wake`.
+
+        Raises:
+            PeerError: another worker is gone.
+        """
+        if not holds():
+            raise PeerError("This worker waits for another, and there is none.")
+
+    def wake(self) -> None:  # noqa: B027
+        """Let those who wait look again."""
+
+    def lose(self, why: str) -> NoReturn:
+        """Give up, since a worker is gone whom the others cannot do without.
+
+        Raises:
+            PeerError: with `why`, where this worker does not end at once.
+        """
+        raise PeerError(why)
 
     @contextmanager
     def mendable(self) -> Iterator[None]:

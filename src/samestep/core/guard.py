@@ -58,6 +58,11 @@ class Guard:
             samples.take()
         self._protect(True)
 
+    def follow(self) -> None:
+        """Take it that the parameters were pointed elsewhere."""
+        self._addresses = [p.data_ptr() for p in self._parameters]
+        self._versions = [p._version for p in self._parameters]
+
     def open(self) -> None:
         """Let the weights be written, until they are accepted."""
         self._protect(False)

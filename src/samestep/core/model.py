@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from samestep.core import tree
+from samestep.core.anyone_update import AnyoneUpdate
 from samestep.core.buffers import Buffers, Rule
 from samestep.core.division import Division
 from samestep.core.element_update import ElementUpdate
@@ -50,6 +51,7 @@ class Options:
         outer: makes, of parameters, the optimizer that updates the weights instead of the user's.
         apart: replicas keep buffers of their own from step to step.
         all_update: where memory is not shared, every worker updates all weights, from all replicas' gradients.
+        anyone: every worker owns everything, so that any of them can make an update, alone.
     """
 
     num_replicas: int
@@ -62,6 +64,7 @@ class Options:
     outer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer] | None = None
     apart: bool = False
     all_update: bool = False
+    anyone: bool = False
 
 
 class Trained:
@@ -104,7 +107,9 @@ class Trained:
         self.weights = Weights(group, parameter_names, parameters, self._layout(), f"weights {number}")
         self.area: GradientArea | None = None
         self._meet(Division.even(group.worker.size, options.num_replicas))
-        made = ElementUpdate if self._kind is Kind.ELEMENT else WholeUpdate
+        made: type[ElementUpdate | WholeUpdate] = WholeUpdate
+        if self._kind is Kind.ELEMENT:
+            made = AnyoneUpdate if options.anyone else ElementUpdate
         self.update: Update = made(self.applied, self.weights, group, f"state {number}")
         self.stale = False
         self._held = [id(p) for group in optimizer.param_groups for p in group["params"]]
@@ -139,6 +144,9 @@ class Trained:
         size = self._group.worker.size
         owners = 1 if self._kind is Kind.WHOLE else size
         granule = GRANULE if self._options.threads == 1 else PIECE
+        if self._options.anyone:
+            one = lay_out(self._shapes, 1, granule=granule)
+            return replace(one, chunks=one.chunks * size, runs=one.runs * size, sum_runs=one.sum_runs * size)
         return _for_all(lay_out(self._shapes, owners, granule=granule), size)
 
     def _meet(self, division: Division) -> None:

@@ -98,6 +98,10 @@ class Archive:
                 f"The checkpoint {saved.path} was made with agree={recipe}, and you set agree={mine}. Set it as it "
                 f"was, or start a new run from its weights: run.load({str(saved.path)!r})."
             )
+        with self._agreed.drained():
+            self._restore(saved, recipe == mine, any_agreement)
+
+    def _restore(self, saved: checkpoint.Checkpoint, same_recipe: bool, any_agreement: bool) -> None:
         writes = self._group.worker.is_first or not self._group.shares_memory
         self._group.exchange(b"")
         self._model.guard.open()
@@ -111,7 +115,8 @@ class Archive:
         for number, trained in enumerate(self._model.trained):
             self._restore_optimizer(trained, facts["optimizers"][number], saved.state, f"optimizer.{number}.")
         kept = {n.removeprefix(_AGREED): t for n, t in saved.state.items() if n.startswith(_AGREED)}
-        self._agreed.load(*((kept, facts["agreed"]["values"]) if recipe == mine else ({}, None)))
+        load = self._agreed.adopt if any_agreement else self._agreed.load
+        load(*((kept, facts["agreed"]["values"]) if same_recipe else ({}, None)))
         of_replicas = {n.removeprefix(_REPLICA): t for n, t in saved.state.items() if n.startswith(_REPLICA)}
         for state in self._model.states:
             state.load(of_replicas)

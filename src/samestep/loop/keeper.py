@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from samestep.agree.agreement import Live
 from samestep.core.calls import Calls, Halted, line_of_user
 from samestep.core.clock import Clock
 from samestep.core.group import Group
@@ -51,6 +52,10 @@ class Kept(Protocol):
     record: Record
     conditions: Conditions
     crew: Crew
+
+    @property
+    def agreed(self) -> Live:
+        """How replicas agree."""
 
     @property
     def archive(self) -> Archive:
@@ -159,7 +164,8 @@ class Keeper:
         run, done = self._run, self._run.record.num_steps
         run.integrity.verify(run.calls, "run.save (verify)", f"before the checkpoint of step {done}")
         try:
-            trouble = run.archive.save(folder, done, self._facts(made_by, "run.save"), keep)
+            with run.agreed.drained():
+                trouble = run.archive.save(folder, done, self._facts(made_by, "run.save"), keep)
         except StorageError as error:
             if made_by == "save":
                 raise
@@ -215,7 +221,8 @@ class Keeper:
 
         def keep() -> None:
             run.integrity.verify(run.calls, "run.steps (verify)", f"after the update of step {done - 1}")
-            run.archive.snapshot(snapshots, done, self._facts("after_step", "run.steps (snapshot)"))
+            with run.agreed.drained():
+                run.archive.snapshot(snapshots, done, self._facts("after_step", "run.steps (snapshot)"))
 
         run.crew.surviving(keep)
         # A bit may have flipped while it was copied.

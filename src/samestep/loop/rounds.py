@@ -179,7 +179,7 @@ class ClientWalk:
             yield Slice(number, self.feed.num_rounds, 0, cohort.num_samples * self.local.epochs, True)
 
     def stream(
-        self, worker: Any, slices: Iterator[Slice], ahead: deque[Slice]
+        self, replicas: range, slices: Iterator[Slice], ahead: deque[Slice], claims: bool
     ) -> Generator[tuple[Slice, Sequence[Shard | None]], None, None]:
         """Yield the rounds; clients are read when they are played."""
         while True:

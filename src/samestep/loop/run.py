@@ -164,6 +164,9 @@ class Run:
         """
         self.model  # noqa: B018  raises if nothing is replicated
         session = self._session
+        if session.pending:
+            # The steps before were left by `break`.
+            session.pending.settle()
         if isinstance(data, Clients) or isinstance(session.agreed, LiveFederated):
             local = Local(batch_size, 1 if epochs is None else epochs, shuffle, collate, loaders, drop_last)
             return self._stepping.walk(*begin_rounds(session, data, local, steps))
@@ -221,17 +224,21 @@ class Run:
     def per_replica(self, make: Callable[[int], Mapping[str, torch.Tensor]]) -> PerReplica:
         """Keep state of each replica from step to step: recurrent state, environments, noise of its own.
 
-        It is in checkpoints, and goes with its replica. Inside `for batch in step` the result gives the tensors of the
-        replica at hand, `state["hidden"]`; what a shard changes counts once the step's update is made.
+        Inside `for batch in step` the result gives the tensors of the replica at hand, `state["hidden"]`; what a shard
+        changes counts once the step's update is made.
 
         Args:
-            make: replica -> tensors by name, the same names, shapes and dtypes for all. Called for every replica.
+            make: replica -> tensors by name, of the same shapes and dtypes for all.
 
         Raises:
-            UsageError: `make` returned something else, or nothing is replicated yet.
+            UsageError: `make` returned something else, or steps overlap.
         """
         self._stepping.check_outside_shard("run.per_replica")
         model, session = self.model, self._session
+        if session.agreed.claims:
+            raise UsageError(
+                f"You called run.per_replica under {session.agreed.recipe!r}, where a replica's steps overlap."
+            )
 
         def seeded(replica: int) -> Mapping[str, torch.Tensor]:
             seed_evaluation(self.recipe.seed, session.num_reseeds, replica)
@@ -261,6 +268,8 @@ class Run:
         """
         self._stepping.check_outside_shard("run.edit")
         session, model = self._session, self.model
+        if session.pending:
+            session.pending.settle()
         if session.replaying:
             # What was edited then is in the checkpoint; now the block works on copies.
             model.detach()
@@ -319,6 +328,8 @@ class Run:
                 session.record.note(f"Checkpoint {skipped_path} was skipped: {reason}")
             session.archive.restore(saved, any_agreement=True)
 
+        if session.pending:
+            session.pending.settle()
         session.recorded("load", restore)
 
     def log(self, **scalars: float) -> None:

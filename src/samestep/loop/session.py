@@ -25,6 +25,7 @@ from samestep.loop.crew import Crew
 from samestep.loop.feed import Feed
 from samestep.loop.keeper import Keeper
 from samestep.loop.mismatch import Conditions
+from samestep.loop.pending import Pending
 from samestep.loop.recipe import Keeping, Recipe
 from samestep.loop.record import Record, combined
 from samestep.loop.replay import Replay
@@ -54,6 +55,7 @@ class Session:
         num_reseeds: calls so far after which generators were seeded anew.
         crew: the workers, as they die and join.
         verifies: whether memory is looked at for flipped bits.
+        pending: batches of which it is not known yet what became of their updates.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Session:
         self.replay = Replay(self, self.keeper, supervision)
         self.verifies = supervision.verifies
         self.feeds: dict[Any, Feed] = {}
+        self.pending = Pending(self)
         self._planned: dict[str, Any] = {}
 
     @property
@@ -228,6 +231,9 @@ class Session:
         """Return the facts of the summary; on the first worker all of them. Collective."""
         if self.model is None:
             raise UsageError("main ended without run.replicate(...): nothing was trained.")
+        if self.pending:
+            # The steps were left by `break`.
+            self.pending.settle()
         self.replay.reach("finish")
         self.ledger.check_finished()
         if self.replay.saved is not None:

@@ -9,6 +9,7 @@ A step may be iterated again after an update (a GAN's second pass): the same sha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -117,7 +118,8 @@ class Step:
         self._state = "open"
         if self._shards is None and not self._driver.session.replaying:
             # The replay ended inside this step: its checkpoint was made before an update of it.
-            self._shards = self._driver.read(self.slice)
+            claims = self._driver.session.agreed.claims
+            self._shards = () if claims else self._driver.read(self.slice)
             _check_bad_again(self, self._shards)
         if self._shards is None:
             seed_step(self._seed, self.number)
@@ -169,7 +171,7 @@ class Step:
                 if session.audits is not None and drawn is not None:
                     again = partial(_again, self, drawn.replica)
                     yield from session.audits.settle(drawn, account, again, self.describe)
-                elif session.group.loses_workers:
+                elif session.group.loses_workers and not session.agreed.claims:
                     with session.group.mendable():
                         session.calls.end_shards()
                 break
@@ -188,14 +190,12 @@ class Step:
         session = self._driver.session
         model = session.model
         assert model is not None and self._shards is not None
-        account = None
-        self._part = Part()
-        self._broken = None
+        account, self._part, self._broken = None, Part(), None
         agreed = session.agreed
         agreed.begin_pass()
         for state in model.states:
             state.begin_pass()
-        for index, (replica, shard) in enumerate(zip(session.crew.replicas, self._shards, strict=True)):
+        for index, (replica, shard) in enumerate(_claimed(self) if agreed.claims else _assigned(self)):
             agreed.begin_shard(index, replica)
             ear = Ear(model, shard) if drawn is not None and drawn.replica == replica else None
             if shard is not None:
@@ -328,7 +328,7 @@ class Step:
             # Told to all: what a worker has read must not be lost with it.
             self._part.read = count_read(self.epoch, self._shards)
         self._outcome = self._driver.update(self, self._part, choices)
-        self.means = self._outcome.means
+        self.means = self._outcome.means if self._outcome.is_known else _Unknown()
         self.skipped = self._outcome.skipped
         self.bad_samples = dict(self._outcome.bad)
         self._state = "updated"
@@ -424,6 +424,23 @@ def _known(outcome: Outcome | None, name: str) -> Outcome:
     return outcome
 
 
+def _assigned(step: Step) -> Iterator[tuple[int, Shard | None]]:
+    """Return the shards of the replicas that fall to this worker."""
+    assert step._shards is not None
+    return zip(step._driver.session.crew.replicas, step._shards, strict=True)
+
+
+def _claimed(step: Step) -> Iterator[tuple[int, Shard | None]]:
+    """Yield shards that nobody else plays, as long as there are any."""
+    shards: list[Shard | None] = []
+    step._shards = shards
+    while (replica := step._driver.session.agreed.claim()) is not None:
+        shard = step._driver.read_one(step.slice, replica)
+        _check_bad_again(step, [shard])
+        shards.append(shard)
+        yield replica, shard
+
+
 def _learn_rows(step: Step, gathering: Gathering) -> Generator[Any, None, None]:
     """Yield the batch of each shard played here, without gradients, and let all workers know what they gathered."""
     session = step._driver.session
@@ -461,6 +478,13 @@ def _again(step: Step, replica: int) -> Generator[Any, None, Account]:
             return ear.account(step._part.losses, replica)
     finally:
         step._part = part
+
+
+class _Unknown(dict[str, float]):
+    """Means of an update that is not made yet: NaN, whatever the name."""
+
+    def __missing__(self, name: str) -> float:
+        return math.nan
 
 
 def _as_mean(loss: Any, count: float | None, num_samples: int) -> tuple[torch.Tensor, float | None]:

@@ -15,12 +15,12 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from samestep.agree.meeting import Outcome, Part
 from samestep.core.randomness import seed_step
 from samestep.core.whole_update import WholeUpdate
-from samestep.data.proof import SampleCount
 from samestep.data.shard import Shard
 from samestep.data.split import Slice
 from samestep.errors import BudgetError, UsageError
 from samestep.loop.evaluation import on_device
 from samestep.loop.feed import Feed, Reading
+from samestep.loop.pending import Trained
 from samestep.loop.rounds import ClientWalk
 from samestep.loop.session import Session
 from samestep.loop.step import Choices, Driver, Step, request_of
@@ -35,15 +35,20 @@ class Walk:
     reading: Reading
 
     def stream(
-        self, replicas: range, slices: Iterator[Slice], ahead: deque[Slice]
+        self, replicas: range, slices: Iterator[Slice], ahead: deque[Slice], claims: bool
     ) -> Generator[tuple[Slice, Any], None, None]:
-        """Return the shards of `replicas`, lazily; `ahead` takes the slices asked for. The caller removes them."""
+        """Return the shards of `replicas`, lazily; `ahead` takes the slices asked for. The caller removes them.
+
+        Where workers claim shards, nothing is read before.
+        """
 
         def taken() -> Iterator[Slice]:
             for batch in slices:
                 ahead.append(batch)
                 yield batch
 
+        if claims:
+            return ((batch, ()) for batch in taken())
         return self.feed.batches(self.source, taken(), replace(self.reading, replicas=replicas))
 
     def read(self, replicas: range, batch: Slice) -> Sequence[Shard | None]:
@@ -97,7 +102,14 @@ class Stepping:
             yield from self._one(walk, batch, None)
             self._after_step(last=False)
         ahead: deque[Slice] = deque()
-        is_first, divided, stream = True, crew.num_regroups, walk.stream(crew.replicas, slices, ahead)
+        claims = session.agreed.claims
+        if claims and isinstance(walk, Walk) and walk.reading.loaders:
+            session.record.note(
+                f"loaders={walk.reading.loaders} has no effect under agree={session.agreed.recipe!r}: a shard is read "
+                f"when a worker claims it."
+            )
+        is_first, divided = True, crew.num_regroups
+        stream = walk.stream(crew.replicas, slices, ahead, claims)
         try:
             while True:
                 if crew.num_regroups != divided:
@@ -105,7 +117,7 @@ class Stepping:
                     stream.close()
                     slices, divided = itertools.chain(tuple(ahead), slices), crew.num_regroups
                     ahead.clear()
-                    stream = walk.stream(crew.replicas, slices, ahead)
+                    stream = walk.stream(crew.replicas, slices, ahead, claims)
                 begin, worked = time.perf_counter(), clock.worked()
                 clock.begin_step(session.record.num_steps, is_first)
                 is_first = False
@@ -144,9 +156,7 @@ class Stepping:
             _require_registered(scaler, model.others)
 
         def make() -> list:
-            made = session.agreed.update(request_of(step, index, choices, feed.number), part)
-            bad = [list(one) for one in made.bad]
-            return [made.loss, made.grad_norm, made.means, made.skipped, made.problem, list(made.read), bad]
+            return session.agreed.update(request_of(step, index, choices, feed.number), part).to_values()
 
         for hook in _user_hooks(_global_optimizer_pre_hooks, optimizer._optimizer_step_pre_hooks):
             hook(optimizer, (), {})
@@ -156,29 +166,23 @@ class Stepping:
         finally:
             session.clock.to(before)
         session.clock.end_step()
-        is_empty = len(outcome.bad) == step.size
-        if not is_empty:
-            session.agreed.tolerance.count(index, outcome.problem, choices.where)
-        session.agreed.allowance.count(feed.number, outcome.bad, choices.where)
-        if outcome.problem and not session.replaying:
-            session.record.skipped(outcome.problem)
+        update = Trained(feed, step.slice, index, step.pass_, choices.where)
+        if step.pass_ == 0:
+            # Here, not when the step ends: a loop may be left by `break` after its update.
+            session.record.num_steps += 1
+        session.pending.add(update)
+        session.pending.take(outcome)
         for state in model.states if not outcome.skipped else ():
             state.commit()
         if choices.transform is not None or isinstance(model.trained[index].update, WholeUpdate):
             # User code ran on the owners alone, and may have drawn random numbers there.
             seed_step(session.recipe.seed, step.number)
-        if scaler is not None and not is_empty:
+        if scaler is not None and not update.is_left_out(outcome):
             _update_scale(scaler, optimizer, outcome.skipped, session.worker.device)
         # What a scheduler looks at before it warns that the optimizer never stepped.
         vars(optimizer)["_opt_called"] = True
         for hook in _user_hooks(optimizer._optimizer_step_post_hooks, _global_optimizer_post_hooks):
             hook(optimizer, (), {})
-        if step.pass_ == 0:
-            # Here, not when the step ends: a loop may be left by `break` after its update.
-            session.record.num_steps += 1
-            if not session.replaying:
-                session.record.left_out(feed.left_out.new_among(outcome.bad), step.number)
-            feed.commit(step.slice, SampleCount(*outcome.read), outcome.bad)
         return outcome
 
     def read(self, batch: Slice) -> Sequence[Shard | None]:
@@ -212,10 +216,12 @@ class Stepping:
 
     def _after_step(self, last: bool) -> None:
         if self.session.replaying:
+            if last and self.session.pending:
+                self.session.pending.settle()
             self.session.replay.reach("after_step")
         else:
             if last:
-                self.session.agreed.settle()
+                self.session.pending.settle()
             self.session.keeper.after_step(last)
             if not last:
                 self.session.crew.rebalance(self.session.record.num_steps)

@@ -146,6 +146,7 @@ def _all_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("samples", _samples_in_words(facts)),
         ("privacy", facts.get("privacy") or ""),
         ("weights", _digest_in_words(facts)),
+        ("staleness", _staleness_in_words(facts)),
         ("memory checks", _checks_in_words(facts)),
         ("audits", _audits_in_words(facts)),
         ("checkpoints", _saves_in_words(facts)),
@@ -207,7 +208,19 @@ def _agreement_in_words(facts: dict[str, Any]) -> str:
 
 def _digest_in_words(facts: dict[str, Any]) -> str:
     digest = facts.get("weights_digest")
+    if digest and any(map(int, facts.get("staleness") or ())):
+        return f"{digest} (the same for any number of workers that replay this schedule)"
     return f"{digest} (the same for any number of workers)" if digest and _keeps_promise(facts) else digest or ""
+
+
+def _staleness_in_words(facts: dict[str, Any]) -> str:
+    counts = facts.get("staleness")
+    if not counts:
+        return ""
+    total = sum(counts.values())
+    shares = ", ".join(f"{lag}: {count / total:.0%}" for lag, count in counts.items())
+    taken = bytes_in_words(facts["stale_bytes"])
+    return f"updates that a shard's weights lacked: {shares} of the shards; {taken} for updates under way"
 
 
 def _checks_in_words(facts: dict[str, Any]) -> str:
