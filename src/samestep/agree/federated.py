@@ -178,8 +178,8 @@ class Federated(Agreement):
 class LiveFederated(Live):
     """One worker's side of federated averaging."""
 
-    recipe: Federated
     sums_gradients = False
+    recipe: Federated
     # Clients differ in work, so the time of some says little about their worker.
     can_move = False
 

@@ -197,6 +197,7 @@ class Archive:
         others = [_portable(other.state_dict()) for other in self._model.others]
         kept, values = states[1]
         state.update({_AGREED + name: tensor for name, tensor in kept.items()})
+        state.update({_REPLICA + name: tensor for name, tensor in states[2].items()})
         model = {
             "optimizers": optimizers,
             "others": others,

@@ -194,9 +194,7 @@ class Run:
         return self._stepping.walk(Walk(feed, source, reading), slices)
 
     def mean(self, fn: Callable[[Any], Any], data: Any, batch_size: int, collate: Any = None) -> Any:
-        """Return the mean of `fn` over all samples of `data`: each once, same bits for every number of workers.
-
-        Modules are in eval mode and without gradients meanwhile.
+        """Return the mean of `fn` over all samples of `data`, each once, in eval mode and without gradients.
 
         Args:
             fn: batch -> a scalar mean over it, one value per sample, or a dict of these.
@@ -306,9 +304,7 @@ class Run:
         self._session.save(str(path), line_of_user())
 
     def load(self, path: str) -> None:
-        """Load weights and all registered state from a checkpoint, without going back to its step.
-
-        It may have been made under another way to agree; what that one kept for itself is left out then.
+        """Load weights and all registered state from a checkpoint, of any way to agree, without going back to its step.
 
         Raises:
             CheckpointError: there is no good one. MismatchError: it is of another model.
