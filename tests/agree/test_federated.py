@@ -271,6 +271,13 @@ def test_buffers_are_means_over_samples():
         torch.testing.assert_close(play(main, 1, workers).result, together.mean(0))
 
 
+@pytest.mark.parametrize("name", ["secure", "private", "trimmed mean"])
+def test_buffers_that_nothing_would_protect_are_refused(name):
+    clients = samestep.Clients.of(datasets((2, 4, 2, 6, 4, 2)))
+    with pytest.raises(samestep.UsageError, match="track_running_stats=False"):
+        play(script(WAYS[name], rounds=1, make=partial(net, normed=True), clients=clients), 1, 2)
+
+
 def test_a_client_knows_its_name_and_clients_start_alike():
     def main(run: samestep.Run) -> Any:
         clients = samestep.Clients.of(datasets())

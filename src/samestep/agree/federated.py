@@ -129,6 +129,11 @@ class Federated(Agreement):
         """Whether a client whose update is not finite is an error; else it is left out."""
         return type(self.aggregate) is WeightedMean and self.privacy is None
 
+    @property
+    def covers_buffers(self) -> bool:
+        """Whether buffers may be treated as weights are: by a mean that all may see."""
+        return self.expects_finite and self.secure is None
+
     def cohort(self, number: int, seed: int, lengths: Sequence[int], epochs: int) -> Cohort:
         """Return the clients of a round.
 
@@ -251,6 +256,12 @@ class LiveFederated(Live):
         if not integrity.verify(self.calls, "step.update (verify)", when):
             self.model.guard.check()
         met.check(trained.optimizer, self.tolerance, self.allowance)
+        if met.changed and not recipe.covers_buffers:
+            raise UsageError(
+                f"Buffers of the model (running statistics, most likely) changed while clients trained, under "
+                f"agree={recipe!r}: they would be averaged in the clear, without bound, mask or noise. Use GroupNorm "
+                f"or LayerNorm, or track_running_stats=False."
+            )
         self._num_rounds += 1
         if not met.samples and recipe.privacy is None:
             # Nobody delivered. With privacy this must not be seen, and there is noise to add.
