@@ -14,7 +14,9 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -35,7 +37,7 @@ def main(run: samestep.Run, args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=digits.LEARNING_RATE)
     num_steps = args.epochs * -(-len(train[0]) // digits.BATCH_SIZE)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, digits.LEARNING_RATE, total_steps=num_steps)
-    agree = samestep.Synchronous() if args.agree == "synchronous" else samestep.Stale(bound=args.bound)
+    agree = samestep.Synchronous() if args.agree == "synchronous" else samestep.Stale(args.bound, record=args.record)
     run.replicate(model, optimizer, scheduler, agree=agree)
     slow = args.slow if run.worker.rank == 1 else 1.0
     begin = num_samples = 0.0
@@ -64,8 +66,14 @@ def measure(agree: str, seed: int, args: argparse.Namespace) -> dict:
     """Run one contestant in a process of its own."""
     command = [sys.executable, __file__, "--agree", agree, "--seed", str(seed), "--bound", str(args.bound)]
     command += ["--slow", str(args.slow), "--epochs", str(args.epochs)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
+    with tempfile.TemporaryDirectory() as folder:
+        schedule = Path(folder) / "schedule"
+        done = subprocess.run([*command, "--record", str(schedule)], capture_output=True, text=True, check=True)
+        facts = json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
+        if schedule.exists():
+            lags = Counter(lag for line in schedule.read_text().splitlines()[1:] for lag in json.loads(line))
+            facts["staleness"] = {lag: round(lags[lag] / lags.total(), 3) for lag in sorted(lags)}
+    return facts
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -94,6 +102,7 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record", help="file for the schedule of stale steps")
     chosen = parser.parse_args()
     if chosen.agree is None:
         compare(chosen)

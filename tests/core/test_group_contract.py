@@ -367,7 +367,7 @@ def counts_alone(group: Group, num_rounds: int) -> int:
 
 @over(IN_PROCESS + ARENAS)
 def test_one_at_a_time(fleet, kind, size):
-    assert play(fleet, kind, size, counts_alone, num_rounds=300) == [300 * size] * size
+    assert play(fleet, kind, size, counts_alone, num_rounds=100) == [100 * size] * size
 
 
 def turns_and_meetings(group: Group, num_rounds: int) -> None:
@@ -384,7 +384,7 @@ def turns_and_meetings(group: Group, num_rounds: int) -> None:
 
 @over(IN_PROCESS + ARENAS)
 def test_waits_between_exchanges(fleet, kind, size):
-    play(fleet, kind, size, turns_and_meetings, num_rounds=60)
+    play(fleet, kind, size, turns_and_meetings, num_rounds=30)
 
 
 def waits_for_one_that_is_gone(group: Group) -> str:

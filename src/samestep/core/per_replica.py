@@ -13,6 +13,7 @@ import torch
 
 from samestep.core.division import Division
 from samestep.core.group import Group, align
+from samestep.core.randomness import seed_evaluation
 from samestep.core.weights import placed
 from samestep.errors import MismatchError, UsageError
 from samestep.storage import wire
@@ -23,11 +24,12 @@ Make = Callable[[int], Mapping[str, torch.Tensor]]
 class PerReplica:
     """What `run.per_replica` returns. Inside a shard, `state["hidden"]` is that of the replica whose shard it is."""
 
-    def __init__(self, make: Make, number: int, division: Division, group: Group):
+    def __init__(self, make: Make, seeds: tuple[int, int], number: int, division: Division, group: Group):
         """Make the state of every replica. Collective.
 
         Args:
             make: replica -> tensors by name; of the same shapes and dtypes for every replica.
+            seeds: what it draws depends on these, and the replica.
             number: tells it from others of the run.
             division: who plays which replica.
             group: the workers.
@@ -40,7 +42,10 @@ class PerReplica:
         self._division = division
         self._here: dict[str, torch.Tensor] | None = None
         self._pending: dict[int, dict[str, torch.Tensor]] = {}
-        made = {replica: _checked(make(replica)) for replica in range(division.num_replicas)}
+        made = {}
+        for replica in range(division.num_replicas):
+            seed_evaluation(*seeds, replica)
+            made[replica] = _checked(make(replica))
         self._like = made[0]
         for replica, tensors in made.items():
             if _shapes(tensors) != _shapes(self._like):

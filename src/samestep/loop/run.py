@@ -21,7 +21,6 @@ from samestep.core.buffers import Rule
 from samestep.core.calls import line_of_user
 from samestep.core.model import Model, Options
 from samestep.core.per_replica import PerReplica
-from samestep.core.randomness import seed_evaluation
 from samestep.core.worker import Worker
 from samestep.data.source import as_source
 from samestep.data.split import schedule
@@ -236,18 +235,11 @@ class Run:
         self._stepping.check_outside_shard("run.per_replica")
         model, session = self.model, self._session
         if session.agreed.claims:
-            raise UsageError(
-                f"You called run.per_replica under {session.agreed.recipe!r}, where a replica's steps overlap."
-            )
-
-        def seeded(replica: int) -> Mapping[str, torch.Tensor]:
-            seed_evaluation(self.recipe.seed, session.num_reseeds, replica)
-            return make(replica)
-
-        state = PerReplica(seeded, len(model.states), model.division, session.group)
-        model.states.append(state)
+            raise UsageError(f"run.per_replica was called under {session.agreed.recipe!r}, where steps overlap.")
+        seeds = self.recipe.seed, session.num_reseeds
+        model.states.append(PerReplica(make, seeds, len(model.states), model.division, session.group))
         session.reseed()
-        return state
+        return model.states[-1]
 
     def once(self, fn: Callable[[], Any]) -> Any:
         """Let one worker call `fn`, and return its result on all. The result is recorded.
