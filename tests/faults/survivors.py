@@ -39,6 +39,7 @@ class Case:
         loaders: processes that read ahead.
         audit: share of updates in which one shard is computed twice.
         moves: replicas move at random after every step.
+        way: how replicas agree; at every step by default.
     """
 
     workers: int
@@ -48,6 +49,12 @@ class Case:
     loaders: int = 0
     audit: float = 0
     moves: bool = False
+    way: str = ""
+
+    @property
+    def undisturbed(self) -> Case:
+        """The same in one worker, without deaths."""
+        return Case(1, optimizer=self.optimizer, way=self.way)
 
 
 CASES = (
@@ -66,6 +73,9 @@ CASES = (
     Case(2, ((1, 3, "shard"),), 1, "AdamW", 2),
     Case(3, ((1, 3, "shard"), (0, 6, "shard")), audit=1),
     Case(3, ((1, 3, "move"), (0, 8, "move")), moves=True),
+    Case(3, ((0, 4, "shard"), (1, 9, "after")), way="Local"),
+    Case(2, ((1, 4, "shard"),), 1, way="Local"),
+    Case(3, ((1, 4, "shard"),), 1, way="Synchronous"),
 )
 """What the suite plays. "Odd" is an optimizer that samestep does not know, and that looks at all tensors at once."""
 
@@ -80,6 +90,8 @@ PLANTED = (
     ("who joins counts its own calls", "core.calls:Calls.go_to", CASES[6]),
     ("who joins keeps its own buffers and averages", "loop.archive:Archive.take_over", CASES[6]),
     ("who is left keeps the pieces that it owned", "core.element_update:ElementUpdate.reseat", CASES[0]),
+    ("who joins has no weights of each replica", "agree.own:Own.reseat", CASES[16]),
+    ("who joins does not know what a codec has left out", "agree.coding:Coding.reseat", CASES[17]),
 )
 """What is planted, the method that does nothing then, and a case that must show it."""
 
@@ -124,7 +136,7 @@ def trained(case: Case, board: Board, run: Any) -> dict[str, Any]:
         from restless import Restless
 
         run._session.crew.balance = Restless()
-    run.replicate(model, optimizer, scheduler, average, audit=case.audit)
+    run.replicate(model, optimizer, scheduler, average, audit=case.audit, agree=way_of(case.way))
     losses, noise, number = [], 0.0, 0
 
     def die(place: str) -> None:
@@ -203,6 +215,19 @@ def optimizer_of(name: str, model: Any) -> Any:
     return made[name](model.parameters())
 
 
+def way_of(name: str) -> Any:
+    """Return the way to agree of that name."""
+    import samestep
+    from samestep.codecs import Int4, TopK
+
+    made = {
+        "": lambda: None,
+        "Local": lambda: samestep.Local(every=4, outer=samestep.Nesterov(0.5, 0.5), codec=Int4()),
+        "Synchronous": lambda: samestep.Synchronous(codec=TopK(share=0.1)),
+    }
+    return made[name]()
+
+
 def played(case: Case, seconds: float = 120.0) -> tuple[Outcome, int]:
     """Play a case; return also how many have come back."""
     board = Board()
@@ -227,15 +252,15 @@ def judged(case: Case, outcome: Outcome, num_back: int, expected: dict[str, Any]
 def main() -> int:
     """Play all cases; return how many were wrong."""
 
-    expected: dict[str, Any] = {}
+    expected: dict[Case, Any] = {}
     num_wrong = 0
     for case in CASES:
-        if case.optimizer not in expected:
-            outcome, _ = played(Case(1, optimizer=case.optimizer))
-            expected[case.optimizer] = outcome.results[0]
+        if case.undisturbed not in expected:
+            outcome, _ = played(case.undisturbed)
+            expected[case.undisturbed] = outcome.results[0]
         begin = time.monotonic()
         outcome, num_back = played(case)
-        wrong = judged(case, outcome, num_back, expected[case.optimizer])
+        wrong = judged(case, outcome, num_back, expected[case.undisturbed])
         num_wrong += bool(wrong)
         told = {"case": repr(case), "seconds": round(time.monotonic() - begin, 2), "wrong": wrong}
         print(json.dumps(told), flush=True)
@@ -247,9 +272,9 @@ def planted() -> int:
     import importlib
     from unittest import mock
 
-    outcome, _ = played(Case(1))
     num_alive = 0
     for words, place, case in PLANTED:
+        outcome, _ = played(case.undisturbed)
         module, _, path = place.partition(":")
         owner, _, name = path.partition(".")
         with mock.patch.object(getattr(importlib.import_module(f"samestep.{module}"), owner), name, nothing):
