@@ -35,7 +35,7 @@ PROTOCOL = (
     *("samestep.settings.seat:take_part", "samestep.settings.seat:play", "samestep.settings.seat:_seat"),
     "samestep.settings.seat:_group",
     *(f"samestep.core.arena:Arena.{name}" for name in ("__init__", "exchange", "allocate", "_round", "_wait")),
-    *(f"samestep.core.arena:Arena.{name}" for name in ("_block_until", "_wake", "_seat", "reform", "join")),
+    *(f"samestep.core.arena:Arena.{name}" for name in ("_block_until", "wake", "_seat", "reform", "join")),
     *("samestep.core.regions:Regions.take", "samestep.core.calls:Calls.end_shards"),
     *("samestep.loop.crew:Crew.surviving", "samestep.loop.crew:Crew.regroup"),
     *("samestep.loop.newcomer:who_joins", "samestep.loop.newcomer:let_in"),

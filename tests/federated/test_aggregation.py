@@ -64,7 +64,7 @@ def check_blocks(recipe, num_clients, cuts):
 
 @every
 @settings(max_examples=20, deadline=None)
-@given(st.integers(3, 40), st.lists(st.integers(1, 63), max_size=5, unique=True))
+@given(st.integers(5, 40), st.lists(st.integers(1, 63), max_size=5, unique=True))
 def test_any_division_into_blocks_gives_the_same_bits(recipe, num_clients, cuts):
     check_blocks(recipe, num_clients, cuts)
 

@@ -589,7 +589,7 @@ def resealed(path: Path, edit) -> None:
 HOSTILE = {
     "nothing wrong": lambda m: None,
     "other format": lambda m: m.update(format="zip"),
-    "later version": lambda m: m.update(version=2),
+    "later version": lambda m: m.update(version=m["version"] + 1),
     "no step": lambda m: m.pop("step"),
     "negative step": lambda m: m.update(step=-1),
     "a list": lambda m: [m],
