@@ -1,4 +1,4 @@
-"""Rounds that overlap with the steps after them, `Local(delay=...)`. test_laws.py holds that their bits stay the same."""
+"""Rounds that overlap with the steps after them, `Local(delay=...)`; test_laws.py holds that bits stay the same."""
 
 from __future__ import annotations
 
@@ -205,13 +205,35 @@ def leaves_early(run: samestep.Run) -> list[float]:
 
 def interrupted(group, folder: str) -> list[str]:
     """Program of a worker: play all of them, and go on from checkpoints that hold rounds under way."""
-    words = [play_one(group, main, 5).as_words() for main in (comes_and_goes(f"{folder}/load"), leaves_early)]
+    waited = watch_posts(group)
+    words = [play_one(group, comes_and_goes(f"{folder}/load"), 5).as_words()]
+    assert waited and all(waited), "what is not waited for would be taken for what is posted next"
+    words.append(play_one(group, leaves_early, 5).as_words())
     main = script(WAY, steps=8)
     words.append(play_one(group, main, 5, keeping=Keeping(checkpoint=f"{folder}/run", every=1, keep=100)).as_words())
     for step in (2, 4, 7):
         (path,) = Path(folder, "run").glob(f"step-*{step}")
         words.append(play_one(group, main, 5, keeping=Keeping(resume=str(path))).as_words())
     return words
+
+
+def watch_posts(group) -> list[bool]:
+    """Return a list that tells of each post of a group from now on whether it was waited for."""
+    waited: list[bool] = []
+    post = group.post
+
+    def watched(message, lengths):
+        number, wait = len(waited), post(message, lengths)
+        waited.append(False)
+
+        def told():
+            waited[number] = True
+            return wait()
+
+        return told
+
+    group.post = watched
+    return waited
 
 
 def test_between_hosts_a_round_under_way_is_kept_and_sent_anew(fleet, tmp_path):
