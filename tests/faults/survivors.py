@@ -91,6 +91,7 @@ PLANTED = (
     ("who joins keeps its own buffers and averages", "loop.archive:Archive.take_over", CASES[6]),
     ("who is left keeps the pieces that it owned", "core.element_update:ElementUpdate.reseat", CASES[0]),
     ("who joins has no weights of each replica", "agree.own:Own.reseat", CASES[16]),
+    ("who joins does not know of rounds under way", "agree.rounds:Rounds.take", CASES[16]),
     ("who joins does not know what a codec has left out", "agree.coding:Coding.reseat", CASES[17]),
 )
 """What is planted, the method that does nothing then, and a case that must show it."""
@@ -222,7 +223,9 @@ def way_of(name: str) -> Any:
 
     made = {
         "": lambda: None,
-        "Local": lambda: samestep.Local(every=4, outer=samestep.Nesterov(0.5, 0.5), codec=Int4()),
+        "Local": lambda: samestep.Local(
+            every=4, outer=samestep.Nesterov(0.5, 0.5), fragments=2, codec=Int4(), delay=3
+        ),
         "Synchronous": lambda: samestep.Synchronous(codec=TopK(share=0.1)),
     }
     return made[name]()
