@@ -3,7 +3,7 @@
 Every transfer goes directly from the worker that has the bytes to the worker that needs them. Together this moves
 what a ring moves, in one hop, and nothing is added up on the way: the owner adds, in tree order.
 
-    exchange        one all-to-all of small slots, as large as the last messages; longer ones send their rest in a
+    exchange        one all-to-all of small slots, as large as the last small messages; longer ones send their rest in a
                     second round
     post            transfers that go on in the background, over connections of their own, until they are waited for
     gradient_area   each node's runs go to their owners (the reduce-scatter, without its sum)
@@ -140,7 +140,9 @@ class ProcessGroup(Group):
         slots = self._in.numpy()
         lengths = [int.from_bytes(slot[:_LENGTH_BYTES].tobytes(), "little") for slot in slots]
         replies = [slot[_LENGTH_BYTES : _LENGTH_BYTES + n].tobytes() for slot, n in zip(slots, lengths, strict=True)]
-        self._recent.append(max(lengths))
+        if max(lengths) <= _MOST_SLOT - _LENGTH_BYTES:
+            # Longer ones need a second round whatever the slots are.
+            self._recent.append(max(lengths))
         if max(lengths) <= room:
             return replies
         rests = {w: bytearray(lengths[w] - room) for w in range(size) if w != rank and lengths[w] > room}
