@@ -119,16 +119,6 @@ class Apart:
         for replica in replicas:
             self.owns[replica].begin(chosen)
 
-    def anchor(self, parameters: Sequence[int]) -> None:
-        """Keep some weights of the replicas played here as they are now: a round on them begins."""
-        for replica in self.mine:
-            self.owns[replica].anchor(parameters)
-
-    def go_on(self, parameters: Sequence[int]) -> None:
-        """Let the replicas played here go on from the weights that all start from; what they did since stays."""
-        for replica in self.mine:
-            self.owns[replica].go_on(parameters)
-
     def reseat(self) -> None:
         """Take the replicas that fall to this worker now. Collective."""
         for replica, own in self.owns.items():

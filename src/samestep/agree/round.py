@@ -56,6 +56,13 @@ class Round:
         return {replica: count / total for replica, count in sorted(self.items.items()) if count}
 
 
+def begin(live: Live, apart: Apart, coding: Coding, round_: Round) -> None:
+    """Begin a late round; the arguments are those of `send`. Collective."""
+    for replica in apart.mine:
+        apart.owns[replica].anchor(round_.parameters)
+    send(live, apart, coding, round_)
+
+
 def send(live: Live, apart: Apart, coding: Coding, round_: Round) -> None:
     """Let what the replicas of a late round encode go to the workers that need it, while work goes on. Collective.
 
@@ -82,10 +89,12 @@ def end(live: Live, apart: Apart, coding: Coding, round_: Round, where: str) -> 
         where: line of the script.
     """
     _reach(live, apart, coding, round_, where)
-    if round_.is_late:
-        apart.go_on(round_.parameters)
-    else:
-        apart.begin(apart.mine, round_.parameters)
+    for replica in apart.mine:
+        own = apart.owns[replica]
+        if round_.is_late:
+            own.go_on(round_.parameters)
+        else:
+            own.begin(round_.parameters)
 
 
 def _reach(live: Live, apart: Apart, coding: Coding, round_: Round, where: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from samestep.agree.agreement import Live
 from samestep.agree.apart import Apart
 from samestep.agree.coding import Coding
-from samestep.agree.round import Round, end, send
+from samestep.agree.round import Round, begin, end, send
 
 Items = dict[int, float]
 """Samples, or what else the user counts, of each replica."""
@@ -86,8 +86,7 @@ class Rounds:
             self._end(begun, where)
             return
         for round_ in begun:
-            self._apart.anchor(round_.parameters)
-            send(self._live, self._apart, self._coding, round_)
+            begin(self._live, self._apart, self._coding, round_)
         self.under_way += begun
 
     def settle(self, where: str) -> None:
