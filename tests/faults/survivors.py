@@ -91,7 +91,6 @@ PLANTED = (
     ("who joins keeps its own buffers and averages", "loop.archive:Archive.take_over", CASES[6]),
     ("who is left keeps the pieces that it owned", "core.element_update:ElementUpdate.reseat", CASES[0]),
     ("who joins has no weights of each replica", "agree.own:Own.reseat", CASES[16]),
-    ("who joins does not know of rounds under way", "agree.rounds:Rounds.take", CASES[16]),
     ("who joins does not know what a codec has left out", "agree.coding:Coding.reseat", CASES[17]),
 )
 """What is planted, the method that does nothing then, and a case that must show it."""
