@@ -148,10 +148,11 @@ def _messages(live: Live, apart: Apart, coding: Coding, round_: Round, where: st
 
 def _encoded(apart: Apart, coding: Coding, round_: Round) -> bytes:
     """Return what the replicas played here encode."""
+    shares = round_.shares
     payloads = [
         coding.encode(round_.step, r, i, apart.owns[r].difference(i, round_.is_late))
         for r in apart.mine
-        if r in round_.shares
+        if r in shares
         for i in round_.parameters
     ]
     return b"".join(bytes(payload.numpy().data) for payload in payloads)
