@@ -85,8 +85,8 @@ class Group(ABC):
             lengths: of the messages of all workers, in rank order.
 
         Returns:
-            A function that waits for the messages of all workers and returns them in rank order; call it once. What
-            was posted first is waited for first.
+            A function that waits for the messages of all workers and returns them in rank order. Several posts may be
+            under way, and be waited for in any order.
 
         Raises:
             PeerError: another worker is gone; here, or when the messages are waited for.
