@@ -27,11 +27,12 @@ WAYS: dict[str, Any] = {
     "Synchronous()": samestep.Synchronous(),
     "Synchronous(Int8())": samestep.Synchronous(codec=Int8()),
     "Synchronous(PowerSGD(4))": samestep.Synchronous(codec=PowerSGD(rank=4)),
+    "Synchronous(PowerSGD(16))": samestep.Synchronous(codec=PowerSGD(rank=16)),
     "Local(8, Int8())": samestep.Local(every=8, codec=Int8()),
     "Local(64, Int8())": samestep.Local(every=64, codec=Int8()),
     "Local(64, Nesterov(0.7), Int8())": samestep.Local(every=64, outer=samestep.Nesterov(), codec=Int8()),
 }
-COLOURS = "#000000", "#e69f00", "#56b4e9", "#009e73", "#d55e00", "#cc79a7"
+COLOURS = "#000000", "#e69f00", "#56b4e9", "#0072b2", "#009e73", "#d55e00", "#cc79a7"
 """Told apart by everybody (Okabe and Ito)."""
 
 
