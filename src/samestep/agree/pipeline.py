@@ -21,15 +21,20 @@ from typing import Any
 import torch
 
 from samestep.agree.agreement import Live
+from samestep.agree.allowance import Allowance
 from samestep.agree.board import Board
-from samestep.agree.meeting import Meeting, Outcome, Part, Request, problem_of, terms_of, unit_of
-from samestep.agree.reduction import Reduction
+from samestep.agree.courier import Courier
+from samestep.agree.meeting import Meeting, Outcome, Part, Problem, Request, problem_of, terms_of, unit_of
+from samestep.agree.reduction import Reduced, Reduction
 from samestep.agree.schedule import Schedule
+from samestep.agree.shelf import Shelf
 from samestep.agree.versions import Versions
 from samestep.core.anyone_update import AnyoneUpdate
 from samestep.core.calls import Calls
+from samestep.core.clock import Clock
 from samestep.core.fold import Absent
-from samestep.core.group import Solo
+from samestep.core.group import Group, Solo
+from samestep.core.model import Trained
 from samestep.core.worker import Worker
 from samestep.errors import SamestepError
 
@@ -44,7 +49,7 @@ class Shards:
         bad: [replica, first parameter, last parameter, number of parameters] of what is not finite.
         huge: whether sums may overflow.
         lags: (replica, updates that its weights lacked).
-        missing: (replica, parameters it did not use, as the bits of a hexadecimal number).
+        missing: (number of a sum that it has folded, parameters which that lacks, as bits: `Shelf.missing`).
     """
 
     bad: Sequence[Sequence[int]]
@@ -73,15 +78,18 @@ class Pipeline:
         is_idle: whether none is under way.
     """
 
-    def __init__(self, live: Live, board: Board, versions: Versions, schedule: Schedule):
+    def __init__(self, live: Live, board: Board | Courier, versions: Versions, shelf: Shelf, schedule: Schedule):
         """Begin with none."""
         self._live = live
         self._board = board
         self._versions = versions
+        self._shelf = shelf
         self._schedule = schedule
         self._trained = live.model.trained[0]
         solo = Solo(Worker(device=live.group.worker.device))
-        self._alone = Reduction(solo, Calls(solo, live.clock), live.clock)
+        self._reduction = Reduction(solo, Calls(solo, live.clock), live.clock)
+        # What was left out of a batch is judged by the script's thread, in `collect`; it may be late, or early.
+        self._lenient = Allowance("skip")
         self._asked: dict[int, _Asked] = {}
         self._heard: deque[tuple[Outcome, str]] = deque()
         self.number = 0
@@ -135,6 +143,9 @@ class Pipeline:
             live.calls.end(calls)
             met.check(self._trained.optimizer, live.tolerance, live.allowance)
             skipped, norm, words, advice = json.loads(self._board.verdict(number))
+            problem = self._problem(number, met)
+            if problem is not None:
+                words, advice = problem.words, problem.advice
             self._heard.append((met.outcome(norm, skipped, words), advice))
             lags = {replica: lag for _, _, told, _ in met.own for replica, lag in told}
             self._schedule.add([lags[replica] for replica in sorted(lags)])
@@ -199,7 +210,7 @@ class Pipeline:
         # What does not fit together is an error on every worker, in `collect`.
         verdict, samples = [True, None, "", ""], None
         try:
-            met.check(self._trained.optimizer, self._live.tolerance, self._live.allowance)
+            met.check(self._trained.optimizer, self._live.tolerance, self._lenient)
         except SamestepError:
             pass
         else:
@@ -210,37 +221,44 @@ class Pipeline:
     def _updated(self, number: int, met: Meeting) -> tuple[list[Any], dict[int, int] | None]:
         """Update the newest weights; return the verdict, and the samples of each replica if they were changed."""
         asked, trained = self._asked[number], self._trained
-        request, update = asked.request, trained.update
-        assert isinstance(update, AnyoneUpdate)
+        request = asked.request
         norm = None if request.clip_norm is None else math.nan
         if met.is_empty:
             return [True, norm, "", ""], None
-        problem = problem_of(request, trained, met.losses, [one for found, *_ in met.own for one in found])
-        if problem is not None:
-            return [True, norm, problem.words, problem.advice], None
+        if self._problem(number, met) is not None:
+            return [True, norm, "", ""], None
         absent = self._absent(met)
-        trained.sums = self._versions.fold(number)
+        trained.sums = self._shelf.fold(number)
         factor = unit_of(request.num_samples) / met.total if met.counted else request.num_samples / met.total
         with self._settings(asked):
-            reduced = self._alone.make(trained, request, absent, factor, any(huge for _, huge, *_ in met.own))
+            reduced = self._reduction.make(trained, request, absent, factor, any(huge for _, huge, *_ in met.own))
             norm = None if request.clip_norm is None else reduced.norm
             if reduced.problem is not None:
                 return [True, norm, reduced.problem.words, reduced.problem.advice], None
-            self._live.model.guard.open()
-            update.take_turn()
-            if reduced.ready is not None:
-                update.apply_ready(reduced.ready)
-            else:
-                update.apply(trained.sums, reduced.absent, reduced.factor)
-            num_replicas = self._live.model.division.num_replicas
-            unused = {parameter for parameter, leaves in absent.items() if len(leaves) == num_replicas}
-            update.end_turn([i for i in range(len(trained.weights.parameters)) if i not in unused])
+            self._apply(reduced)
         return [False, norm, "", ""], met.samples
+
+    def _apply(self, reduced: Reduced) -> None:
+        """Let the weights be updated."""
+        trained, update = self._trained, self._trained.update
+        assert isinstance(update, AnyoneUpdate)
+        self._live.model.guard.open()
+        update.take_turn()
+        _make_of(reduced, trained)
+        unused = {parameter for parameter, sums in reduced.absent.items() if len(sums) == self._shelf.num_sums}
+        update.end_turn([i for i in range(len(trained.weights.parameters)) if i not in unused])
+
+    def _problem(self, number: int, met: Meeting) -> Problem | None:
+        """Return which loss or gradient of update `number` is not finite, if any."""
+        if met.is_empty:
+            return None
+        bad = [one for found, *_ in met.own for one in found]
+        return problem_of(self._asked[number].request, self._trained, met.losses, bad)
 
     @contextmanager
     def _settings(self, asked: _Asked) -> Iterator[None]:
         """Let the optimizer have the settings that it had when the update was asked for."""
-        groups = self._trained.optimizer.param_groups
+        groups = self._trained.applied.param_groups
         now = [dict(group) for group in groups]
         for group, settings in zip(groups, asked.settings, strict=True):
             group.update(settings)
@@ -251,13 +269,47 @@ class Pipeline:
                 group.update(settings)
 
     def _absent(self, met: Meeting) -> Absent:
-        """Return, for parameters that some replicas did not use, those replicas."""
+        """Return, for parameters that some sums lack, those sums."""
         num_parameters = len(self._trained.weights.parameters)
-        missing = {replica: int(bits, 16) for *_, told in met.own for replica, bits in told}
+        missing = {index: int(bits, 16) for *_, told in met.own for index, bits in told}
         absent: dict[int, tuple[int, ...]] = {}
-        for replica in range(self._live.model.division.num_replicas):
-            bits = missing.get(replica, (1 << num_parameters) - 1)
+        for index in range(self._shelf.num_sums):
+            bits = missing.get(index, (1 << num_parameters) - 1)
             for parameter in range(num_parameters) if bits else ():
                 if bits >> parameter & 1:
-                    absent[parameter] = (*absent.get(parameter, ()), replica)
+                    absent[parameter] = (*absent.get(parameter, ()), index)
         return absent
+
+
+class SentPipeline(Pipeline):
+    """The updates where workers share no memory: each makes its part of every one, in a thread of its own."""
+
+    def __init__(
+        self, live: Live, courier: Courier, versions: Versions, shelf: Shelf, schedule: Schedule, beside: Group
+    ):
+        """Begin with none; `beside` is the thread's group."""
+        super().__init__(live, courier, versions, shelf, schedule)
+        self._courier = courier
+        self._beside = beside
+        clock = Clock()
+        self._reduction = Reduction(beside, Calls(beside, clock), clock)
+        courier.serve(self._make)
+
+    def drain(self) -> None:
+        super().drain()
+        self._courier.rest()
+
+    def _apply(self, reduced: Reduced) -> None:
+        update = self._trained.update
+        _make_of(reduced, self._trained)
+        update.notice()
+        update.settle(())
+        self._trained.weights.share(self._beside)
+
+
+def _make_of(reduced: Reduced, trained: Trained) -> None:
+    """Update what this worker owns."""
+    if reduced.ready is not None:
+        trained.update.apply_ready(reduced.ready)
+    else:
+        trained.update.apply(trained.sums, reduced.absent, reduced.factor)

@@ -19,7 +19,7 @@ from typing import NoReturn
 import torch
 
 from samestep.core.worker import Worker
-from samestep.errors import PeerError
+from samestep.errors import PeerError, UsageError
 
 ALIGNMENT = 64
 """Bytes. Every parameter, state block, gradient area and input tensor starts on a multiple of it."""
@@ -110,6 +110,16 @@ class Group(ABC):
     @abstractmethod
     def share(self, memory: torch.Tensor, runs: Sequence[range]) -> None:
         """Make the owners' runs of `memory` (bytes, disjoint) visible to every worker. Not a barrier."""
+
+    def beside(self) -> Group:
+        """Return another group of the same workers, for one more thread of each. Collective.
+
+        Calls of one cannot mix with calls of the other. It ends when this one is closed.
+
+        Raises:
+            UsageError: these workers share memory, where nothing needs to be sent beside.
+        """
+        raise UsageError("Workers that share memory have one group.")
 
     def protect(self, memory: torch.Tensor, read_only: bool) -> None:  # noqa: B027
         """Make `memory`, as allocated, read-only for this worker, or writable again.

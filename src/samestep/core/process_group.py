@@ -66,6 +66,8 @@ class ProcessGroup(Group):
         make_current(worker.device)
         self.worker = worker
         self._staged = staged
+        self._timeout_seconds = timeout_seconds
+        self._beside: list[ProcessGroup] = []
         self._owns_default = False
         self._is_closed = False
         # Groups of our own: calls of the user's code on the default group cannot mix with ours.
@@ -201,10 +203,17 @@ class ProcessGroup(Group):
             for (tensor, _), (room, _) in zip(receives, rooms, strict=True):
                 tensor.copy_(room)
 
+    def beside(self) -> ProcessGroup:
+        group = ProcessGroup(self.worker, timeout_seconds=self._timeout_seconds, staged=self._staged)
+        self._beside.append(group)
+        return group
+
     def close(self) -> None:
         if self._is_closed:
             return
         self._is_closed = True
+        for group in self._beside:
+            group.close()
         if self._owns_default:
             dist.destroy_process_group()
         else:
