@@ -38,7 +38,7 @@ BOUND = 2
 def pause(run: Run, chance: random.Random) -> None:
     """Let the other workers go on for some turns, as a worker does that is slow."""
     turns = iter([False] * chance.choice((0, 0, 2 * run.worker.rank)) + [True])
-    if run.worker.size > 1:
+    if run.worker.size > 1 and run._session.group.shares_memory:
         run._session.group.wait_until(lambda: next(turns))
 
 
@@ -416,8 +416,8 @@ def test_refused(tmp_path):
     recorded(tmp_path, 1)
     other = Stale(bound=1, replay=str(tmp_path / "schedule 1 0"))
     refused(SettingsError, ["'bound': 2", "'bound': 1"], lambda run: made(run, agree=other))
-    with pytest.raises(SettingsError, match="one host"):
-        agree.bind(None, SimpleNamespace(shares_memory=False, worker=Worker()), None, None)
+    with pytest.raises(SettingsError, match="cuda:0.*on CPUs"):
+        agree.bind(None, SimpleNamespace(worker=Worker(device="cuda:0")), None, None)
 
 
 def test_other_recipe_than_the_checkpoints(tmp_path):

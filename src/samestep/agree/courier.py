@@ -16,22 +16,30 @@ from collections.abc import Callable, Sequence
 
 from samestep.core.group import Group
 
+_PATIENCE_SECONDS = 5.0
+"""For a thread to end where the script has failed. Others may be busy for longer; then it ends with the process."""
+
 
 class Courier:
-    """One worker's updates under way; it has the methods of `Board` that a pipeline calls."""
+    """One worker's updates under way; it has the methods of `Board` that a pipeline calls.
+
+    Attributes:
+        group: the workers, for the thread alone.
+    """
 
     def __init__(self, group: Group, bound: int):
-        """Begin at update 0.
+        """Begin at update 0. Collective.
 
         Args:
-            group: the workers, for the thread alone.
+            group: the workers; the thread gets one beside it.
             bound: how many updates may be under way while one more is asked for.
         """
-        self._group = group
+        self.group = group.beside(self._leave)
         self._make: Callable[[int], None] | None = None
         self._changed = threading.Condition()
         self._asked: deque[tuple[int, bytes]] = deque()
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread()
+        self._is_working = False
         self._error: BaseException | None = None
         self._parts: list[Sequence[bytes]] = [()] * (2 * bound + 2)
         self._verdicts = [b""] * (2 * bound + 2)
@@ -60,7 +68,8 @@ class Courier:
         with self._changed:
             self._check()
             self._asked.append((number, part))
-            if self._thread is None:
+            if not self._is_working:
+                self._is_working = True
                 # Should the script end in the middle, it ends with the process.
                 self._thread = threading.Thread(target=self._work, name="samestep updates", daemon=True)
                 self._thread.start()
@@ -82,9 +91,8 @@ class Courier:
 
     def rest(self) -> None:
         """Return, when all is made that was asked for, once the thread has ended."""
-        thread = self._thread
-        if thread is not None:
-            thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def take(self, number: int) -> bool:
         """Return whether the script's own thread shall make update `number` now: never."""
@@ -105,8 +113,21 @@ class Courier:
         """Return what became of an update."""
         return self._verdicts[number % len(self._verdicts)]
 
+    def _leave(self) -> None:
+        """End the thread: the group is closed.
+
+        What it waits for is sent by threads that come to the same update, or ends with theirs.
+        """
+        with self._changed:
+            self._asked.clear()
+        if self._thread.ident is not None:
+            self._thread.join(_PATIENCE_SECONDS)
+        # Where it comes from still knows the group, which is not gone before nobody does.
+        self._error = None
+
     def _check(self) -> None:
         if self._error is not None:
+            self.rest()
             raise self._error
 
     def _work(self) -> None:
@@ -115,11 +136,11 @@ class Courier:
         while True:
             with self._changed:
                 if not self._asked:
-                    self._thread = None
+                    self._is_working = False
                     return
                 number, part = self._asked.popleft()
             try:
-                self._parts[number % len(self._parts)] = self._group.exchange(part)
+                self._parts[number % len(self._parts)] = self.group.exchange(part)
                 self._make(number)
             except BaseException as error:
                 with self._changed:

@@ -33,7 +33,7 @@ from samestep.core.anyone_update import AnyoneUpdate
 from samestep.core.calls import Calls
 from samestep.core.clock import Clock
 from samestep.core.fold import Absent
-from samestep.core.group import Group, Solo
+from samestep.core.group import Solo
 from samestep.core.model import Trained
 from samestep.core.worker import Worker
 from samestep.errors import SamestepError
@@ -284,15 +284,12 @@ class Pipeline:
 class SentPipeline(Pipeline):
     """The updates where workers share no memory: each makes its part of every one, in a thread of its own."""
 
-    def __init__(
-        self, live: Live, courier: Courier, versions: Versions, shelf: Shelf, schedule: Schedule, beside: Group
-    ):
-        """Begin with none; `beside` is the thread's group."""
+    def __init__(self, live: Live, courier: Courier, versions: Versions, shelf: Shelf, schedule: Schedule):
+        """Begin with none."""
         super().__init__(live, courier, versions, shelf, schedule)
         self._courier = courier
-        self._beside = beside
         clock = Clock()
-        self._reduction = Reduction(beside, Calls(beside, clock), clock)
+        self._reduction = Reduction(courier.group, Calls(courier.group, clock), clock)
         courier.serve(self._make)
 
     def drain(self) -> None:
@@ -304,7 +301,7 @@ class SentPipeline(Pipeline):
         _make_of(reduced, self._trained)
         update.notice()
         update.settle(())
-        self._trained.weights.share(self._beside)
+        self._trained.weights.share(self._courier.group)
 
 
 def _make_of(reduced: Reduced, trained: Trained) -> None:

@@ -312,12 +312,10 @@ class BetweenHosts(LiveStale):
 
     def _open(self) -> None:
         model, bound = self.model, self.recipe.bound
-        beside = self.group.beside()
-        self.shelf = SentShelf(model, beside, bound)
-        self.versions = Versions(model, self.group, beside, bound, self.shelf)
-        courier = Courier(beside, bound)
-        self.board = courier
-        self.pipeline = SentPipeline(self, courier, self.versions, self.shelf, self.schedule, beside)
+        self.board = courier = Courier(self.group, bound)
+        self.shelf = SentShelf(model, courier.group, bound)
+        self.versions = Versions(model, self.group, courier.group, bound, self.shelf)
+        self.pipeline = SentPipeline(self, courier, self.versions, self.shelf, self.schedule)
 
     @property
     def _free(self) -> int:

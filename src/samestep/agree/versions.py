@@ -132,14 +132,19 @@ class Versions:
         before = self._buffers[number % self._num_kept]
         if not samples:
             return before
-        total, bytes_of_one = sum(samples.values()), self._buffer_bytes
-        first = number % self._num_kept * self._model.division.num_replicas
-        runs = [range(run.start * bytes_of_one, run.stop * bytes_of_one) for run in self._model.division.runs]
-        self._beside.share(self._met[first * bytes_of_one :], runs)
+        self._gather(number)
+        total = sum(samples.values())
         ends = [self._end(number, replica) for replica in sorted(samples)]
         merged = torch.empty_like(before)
         self._model.buffers.join(ends, [samples[r] / total for r in sorted(samples)], merged)
         return merged
+
+    def _gather(self, number: int) -> None:
+        """Let this worker see the buffers that the replicas' shards in update `number` have left. Collective."""
+        num_bytes, division = self._buffer_bytes, self._model.division
+        first = number % self._num_kept * division.num_replicas
+        runs = [range(run.start * num_bytes, run.stop * num_bytes) for run in division.runs]
+        self._beside.share(self._met[first * num_bytes :], runs)
 
     def _end(self, number: int, replica: int) -> torch.Tensor:
         """Return where the buffers are kept as a replica's shard in update `number` has left them."""

@@ -111,10 +111,13 @@ class Group(ABC):
     def share(self, memory: torch.Tensor, runs: Sequence[range]) -> None:
         """Make the owners' runs of `memory` (bytes, disjoint) visible to every worker. Not a barrier."""
 
-    def beside(self) -> Group:
+    def beside(self, at_close: Callable[[], None]) -> Group:
         """Return another group of the same workers, for one more thread of each. Collective.
 
-        Calls of one cannot mix with calls of the other. It ends when this one is closed.
+        Calls of one cannot mix with calls of the other. It is closed with this one.
+
+        Args:
+            at_close: called when it has been closed, to see the thread end.
 
         Raises:
             UsageError: these workers share memory, where nothing needs to be sent beside.

@@ -12,7 +12,7 @@ what a ring moves, in one hop, and nothing is added up on the way: the owner add
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -67,7 +67,7 @@ class ProcessGroup(Group):
         self.worker = worker
         self._staged = staged
         self._timeout_seconds = timeout_seconds
-        self._beside: list[ProcessGroup] = []
+        self._beside: list[tuple[ProcessGroup, Callable[[], None]]] = []
         self._owns_default = False
         self._is_closed = False
         # Groups of our own: calls of the user's code on the default group cannot mix with ours.
@@ -203,16 +203,16 @@ class ProcessGroup(Group):
             for (tensor, _), (room, _) in zip(receives, rooms, strict=True):
                 tensor.copy_(room)
 
-    def beside(self) -> ProcessGroup:
+    def beside(self, at_close: Callable[[], None]) -> ProcessGroup:
         group = ProcessGroup(self.worker, timeout_seconds=self._timeout_seconds, staged=self._staged)
-        self._beside.append(group)
+        self._beside.append((group, at_close))
         return group
 
     def close(self) -> None:
         if self._is_closed:
             return
         self._is_closed = True
-        for group in self._beside:
+        for group, _ in self._beside:
             group.close()
         if self._owns_default:
             dist.destroy_process_group()
@@ -221,6 +221,8 @@ class ProcessGroup(Group):
                 dist.destroy_process_group(group)
         # torch's groups keep their threads and sockets for as long as anybody refers to them.
         del self._control, self._bulk
+        for _, at_close in self._beside:
+            at_close()
 
     def _warm_up(self) -> None:
         """Connect everybody with everybody now, so that a worker that cannot be reached is found at the start."""
