@@ -50,7 +50,8 @@ class Stale(Agreement):
     """Replicas agree at every step, on gradients of weights that may be some updates old.
 
     Args:
-        bound: how many updates the weights of a shard may lack. 0 is synchronous, to the bit.
+        bound: how many updates the weights of a shard may lack; between hosts, how many they do. 0 is synchronous, to
+            the bit.
         scale: "inverse" multiplies a shard's gradient by 1 / (1 + updates that its weights lacked) (Zhang et al. 2016).
         record: file to write the schedule to.
         replay: file with a schedule to go by; beyond its end shards are free.
