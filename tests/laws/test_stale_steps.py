@@ -17,6 +17,7 @@ from refusing import made, refused, train
 from test_resume import assert_resumed_is_never_stopped
 from zoo import Convolutional, Perceptron, classes_loss, images, vectors
 
+import samestep.agree.maker as maker
 import samestep.agree.pipeline as pipeline
 import samestep.agree.schedule as schedule
 import samestep.agree.versions as versions
@@ -292,14 +293,14 @@ def applied_twice():
 
 
 def stale_gradients_dropped():
-    absent_of = pipeline.Pipeline._absent
+    absent_of = maker.Maker._absent
 
     def dropped(self, met):
         late = {replica for _, _, lags, _ in met.own for replica, lag in lags if lag == 1}
         everything = range(len(self._trained.weights.parameters))
         return {**absent_of(self, met), **({i: tuple(late) for i in everything} if late else {})}
 
-    return replaced(pipeline.Pipeline, "_absent", dropped)
+    return replaced(maker.Maker, "_absent", dropped)
 
 
 def other_version_in_a_replay():
@@ -325,7 +326,7 @@ def settings_of_whoever_makes_it():
         def __enter__(self) -> None: ...
         def __exit__(self, *error: Any) -> None: ...
 
-    return replaced(pipeline.Pipeline, "_settings", Now)
+    return replaced(maker.Maker, "_settings", Now)
 
 
 def state_of_its_own():

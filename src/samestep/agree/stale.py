@@ -30,8 +30,9 @@ import torch
 from samestep.agree.agreement import Agreement, Live
 from samestep.agree.board import Board
 from samestep.agree.courier import Courier
+from samestep.agree.maker import Maker, OwnersMaker
 from samestep.agree.meeting import Outcome, Part, Request, unit_of
-from samestep.agree.pipeline import Pipeline, SentPipeline, Shards
+from samestep.agree.pipeline import Pipeline, Shards
 from samestep.agree.schedule import Schedule
 from samestep.agree.shelf import SentShelf, SharedShelf, Shelf
 from samestep.agree.versions import Versions
@@ -291,7 +292,7 @@ class OnOneHost(LiveStale):
         self.shelf = SharedShelf(model, group, bound)
         self.versions = Versions(model, group, group, bound, self.shelf)
         self.board = Board(group, model.division.num_replicas, bound)
-        self.pipeline = Pipeline(self, self.board, self.versions, self.shelf, self.schedule)
+        self.pipeline = Pipeline(self, self.board, Maker(self, self.versions, self.shelf), self.schedule)
 
     @property
     def _free(self) -> int:
@@ -316,7 +317,9 @@ class BetweenHosts(LiveStale):
         self.board = courier = Courier(self.group, bound)
         self.shelf = SentShelf(model, courier.group, bound)
         self.versions = Versions(model, self.group, courier.group, bound, self.shelf)
-        self.pipeline = SentPipeline(self, courier, self.versions, self.shelf, self.schedule)
+        maker = OwnersMaker(self, self.versions, self.shelf, courier.group)
+        self.pipeline = Pipeline(self, courier, maker, self.schedule)
+        courier.serve(self.pipeline.make)
 
     @property
     def _free(self) -> int:
