@@ -7,5 +7,5 @@ federated     rounds over clients, each of which trains on data of its own
 
 agreement     what they have in common            meeting, reduction, leaves    what synchronous steps are made of
 allowance, nonfinite   what may be left out       apart, own, round, outer, coding   local steps
-guest, pooling   federated rounds                 pipeline, versions, shelf, schedule, maker, board, courier   stale ones
+guest, pooling   federated rounds                 pipeline, versions, shelf, schedule, maker, board, courier   stale
 """
