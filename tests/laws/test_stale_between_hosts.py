@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,36 @@ def test_bits_are_those_of_one_host(fleet, here, size):
         for name, words in told.items():
             assert words == expected[name], name
         assert lags_in(folder / f"record {size}") == lags_in(folder / "constant")
+
+
+def plays_unevenly(group, bound: int, record: str) -> str:
+    """Program of a worker: its two threads stop now and then, each at other places than in other workers."""
+    chance = random.Random(group.worker.rank)
+
+    def halting(owner: Any, name: str) -> Any:
+        act = owner.__dict__[name]
+
+        def halt() -> None:
+            if chance.random() < 0.4:
+                time.sleep(chance.random() * 5e-3)
+
+        def halted(self: Any, *arguments: Any) -> Any:
+            halt()
+            result = act(self, *arguments)
+            halt()
+            return result
+
+        return replaced(owner, name, halted)
+
+    with halting(Maker, "make"), halting(SentShelf, "fold"), halting(Versions, "keep"), halting(Versions, "enter"):
+        return play_one(group, eventful(Stale(bound=bound, record=record)), REPLICAS).as_words()
+
+
+@pytest.mark.parametrize(("size", "bound"), [(3, 1), (2, 4)])
+def test_nobodys_pace_changes_the_result(fleet, tmp_path, size, bound):
+    path = str(tmp_path / "schedule")
+    told = fleet.play(plays_unevenly, "gloo", size, bound=bound, record=path)
+    assert told == [play(eventful(Stale(bound=bound, replay=path)), REPLICAS, 1).as_words()] * size
 
 
 def saves_or_resumes(group, folder: str, resume: str) -> str:
