@@ -41,6 +41,7 @@ WAYS: dict[str, tuple[Any, int]] = {
     "Synchronous()": (samestep.Synchronous(), 6),
     "Synchronous(codec=Int8())": (samestep.Synchronous(codec=Int8()), 12),
     "Synchronous(codec=PowerSGD(4))": (samestep.Synchronous(codec=PowerSGD(rank=4)), 32),
+    "Stale(bound=1)": (samestep.Stale(bound=1), 24),
     "Local(every=64, warm_up=1, codec=Int8())": (samestep.Local(every=64, warm_up=1, codec=Int8()), 128),
 }
 """What is compared, and in how many timed steps."""
