@@ -254,6 +254,40 @@ def test_an_update_that_is_not_finite_is_skipped_by_all(fleet):
     assert fleet.play(skips, "gloo", 2) == [[3 + BOUND]] * 2
 
 
+class Spoiled:
+    """Vectors of which some cannot be read."""
+
+    def __len__(self) -> int:
+        return 53
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if index in (7, 30, 41):
+            raise OSError(f"sector {index}")
+        return vectors()[0][index], vectors()[1][index]
+
+
+def leaves_out(group, allowed: Any) -> list[Any]:
+    def main(run: Run) -> list[Any]:
+        model, _ = made(run, agree=Stale(bound=BOUND), on_bad_sample=allowed)
+        bad: list[Any] = []
+        for step in run.steps(Spoiled(), batch_size=9, epochs=1):
+            for batch in step:
+                step.backward(classes_loss(model, batch))
+            step.update()
+            bad += list(step.bad_samples)
+        return [bad, run.digest()]
+
+    return play_one(group, main, 4).result
+
+
+def test_bad_samples_are_left_out_as_far_as_allowed(fleet):
+    told = fleet.play(leaves_out, "gloo", 2, allowed="skip") + fleet.play(leaves_out, "gloo", 3, allowed=3)
+    assert told == [told[0]] * 5 and told[0][0]
+    for outcome in fleet.outcomes(leaves_out, "gloo", 2, allowed=2):
+        assert outcome["raised"][0] == "DataError" and "3 samples of your data" in outcome["message"], outcome
+        assert outcome["left"] == []
+
+
 def transforms(group) -> None:
     def main(run: Run) -> None:
         model, _ = made(run, agree=Stale(bound=BOUND))
