@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(config, items):
     if not config.getoption("--long"):
         for item in items:
             if item.get_closest_marker("long"):
-                item.add_marker(pytest.mark.skip(reason="one more way of a fault that is tested: `make chaos` runs it"))
+                item.add_marker(pytest.mark.skip(reason="one more case of what is tested: `make chaos` runs it"))
 
 
 class Fleet:

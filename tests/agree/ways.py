@@ -22,6 +22,7 @@ WAYS: dict[str, Any] = {
     "local DiLoCo": samestep.Local(every=3, outer=samestep.Nesterov(lr=0.5, momentum=0.5)),
     "local in fragments, 4 bits": samestep.Local(every=5, fragments=3, codec=Int4(block=16)),
     "local warmed up, random-k": samestep.Local(every=4, warm_up=2, codec=Feedback(RandomK(share=0.3))),
+    "local in fragments, overlapped, int8": samestep.Local(every=4, fragments=2, delay=3, codec=Int8(block=16)),
     "local FedAdam": samestep.Local(every=2, outer=samestep.Adaptive(lr=0.02)),
 }
 """Every way to agree keeps the promise: same bits for any number of workers, for any crash and resume."""

@@ -105,5 +105,3 @@ def test_launch_accepts_too(resume):
     assert ended.code == 0, ended.err
     assert facts["weights_digest"] == resume.whole["weights_digest"]
     assert any("other code" in note for note in facts["notes"])
-    resume.script.write_text(accepting.replace("accept=", "accepts="))
-    assert "launch() got an unexpected keyword argument 'accepts'" in resume()[0].err

@@ -39,7 +39,13 @@ def number_of(text, words):
     return next(number for number, line in enumerate(text.splitlines(), 1) if words in line)
 
 
-@pytest.mark.parametrize("act", FORBIDDEN.values(), ids=FORBIDDEN)
+LONG = "frozen", "in torch"
+
+
+@pytest.mark.parametrize(
+    "act",
+    [pytest.param(act, id=name, marks=[pytest.mark.long] * (name in LONG)) for name, act in FORBIDDEN.items()],
+)
 def test_a_write_is_named_with_its_line(shell, act):
     text = SCRIPT.format(act=act)
     ended = verify(shell, text)
@@ -145,14 +151,21 @@ def main(run):
 samestep.launch(main, replicas=4)
 """
 
+ELEMENT = "torch.optim.AdamW(model.parameters(), lr=0.01)"
 OPTIMIZERS = {
-    "element": "torch.optim.AdamW(model.parameters(), lr=0.01)",
     "tensor": "torch.optim.Adafactor(model.parameters(), lr=0.01)",
     "whole": "Whole(model.parameters(), lr=0.01)",
 }
 
 
-@pytest.mark.parametrize("text", [*(ORDINARY.format(optimizer=o) for o in OPTIMIZERS.values()), PAIR])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(pytest.param(ORDINARY.format(optimizer=o), id=k, marks=pytest.mark.long) for k, o in OPTIMIZERS.items()),
+        pytest.param(ORDINARY.format(optimizer=ELEMENT), id="element"),
+        pytest.param(PAIR, id="pair"),
+    ],
+)
 def test_scripts_that_keep_the_rules_pass(shell, text):
     ended = verify(shell, text, workers="1,2")
     assert ended.code == 0, ended.err + ended.out

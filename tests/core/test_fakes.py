@@ -94,6 +94,7 @@ def counts_what_it_moves(group: Group) -> dict:
         counting.exchange(b"x" * (rank + 1))
         area.collect()
     counting.share(memory, runs)
+    counting.post(b"x" * rank, [0, 1, 2])()
     counting.exchange(b"")
     return {kind: [counting.num_calls[kind], counting.num_bytes[kind]] for kind in counting.num_calls}
 
@@ -103,19 +104,20 @@ def test_counting_counts_calls_and_bytes(fleet, kind):
     share = [0, 0, 0] if kind != "gloo" else [71, 107, 164]
     counts = run_threads(counts_what_it_moves, 3) if kind == "threads" else fleet.play(counts_what_it_moves, kind, 3)
     assert counts == [
-        {"exchange": [3, 10], "collect": [2, 2 * 2 * 100], "share": [1, share[0]]},
-        {"exchange": [3, 8], "collect": [2, 2 * 3 * 64], "share": [1, share[1]]},
-        {"exchange": [3, 6], "collect": [2, 2 * 3 * 7], "share": [1, share[2]]},
+        {"exchange": [3, 10], "post": [1, 3], "collect": [2, 2 * 2 * 100], "share": [1, share[0]]},
+        {"exchange": [3, 8], "post": [1, 2], "collect": [2, 2 * 3 * 64], "share": [1, share[1]]},
+        {"exchange": [3, 6], "post": [1, 1], "collect": [2, 2 * 3 * 7], "share": [1, share[2]]},
     ]
 
 
-@pytest.mark.parametrize("kind", ["exchange", "collect", "share"])
+@pytest.mark.parametrize("kind", ["exchange", "post", "collect", "share"])
 def test_failing_raises_at_its_call_and_only_there(kind):
     group = Failing(Solo(), kind, 2, OSError("planted"))
     area = group.gradient_area(8, [1], [[0]], [range(8)])
     memory = group.allocate(8)
     calls = {
         "exchange": lambda: group.exchange(b"m"),
+        "post": lambda: group.post(b"m", [1])(),
         "collect": area.collect,
         "share": lambda: group.share(memory, [range(8)]),
     }
@@ -156,6 +158,7 @@ def test_delaying_sleeps_before_each_call(monkeypatch):
     group = Delaying(Solo(), 0.25)
     area = group.gradient_area(8, [1], [[0]], [range(8)])
     assert group.exchange(b"m") == [b"m"]
+    assert group.post(b"m", [1])() == [b"m"]
     area.collect()
     group.share(group.allocate(8), [range(8)])
-    assert naps == [0.25] * 3
+    assert naps == [0.25] * 4

@@ -135,6 +135,52 @@ def test_exchange_publishes_what_was_written(fleet, kind, size):
     play(fleet, kind, size, writes_are_seen, num_rounds=200 if kind in WRAPPERS else 500)
 
 
+# ---------------------------------------------------------------------------------------------------- post
+
+
+def posts_keep_order_and_length(group: Group, lengths: list[int]) -> None:
+    """Several posts are under way at once, with exchanges between; the last is not waited for before the group ends."""
+    rank, size = group.worker.rank, group.worker.size
+    under_way: list = []
+
+    def check() -> None:
+        expected, wait = under_way.pop(len(under_way) // 2)
+        assert wait() == expected
+
+    for turn in range(len(lengths)):
+        messages = [noise(lengths[(turn + w) % len(lengths)], turn, w) for w in range(size)]
+        under_way.append((messages, group.post(messages[rank], [len(message) for message in messages])))
+        assert group.exchange(b"%d of %d" % (turn, rank)) == [b"%d of %d" % (turn, w) for w in range(size)]
+        if len(under_way) > 3:
+            check()
+    while len(under_way) > 1:
+        check()
+
+
+@over(ALL)
+def test_posts_arrive_whenever_they_are_waited_for(fleet, kind, size):
+    play(fleet, kind, size, posts_keep_order_and_length, lengths=[0, 1, 4097, 0, 0, 300_001, 64, 1_500_001, 7])
+
+
+def posts_go_on_while_nobody_waits(group: Group, mark: str) -> None:
+    """The second worker gets all of what the first has posted, while the first does something else."""
+    first = group.worker.is_first
+    lengths = [4_000_001, 0]
+    group.post(b"", [0, 0])()
+    wait = group.post(noise(lengths[0], 1) if first else b"", lengths)
+    if first:
+        while not os.path.exists(mark):
+            time.sleep(0.01)
+    assert wait()[0] == noise(lengths[0], 1)
+    if not first:
+        os.mknod(mark)
+    group.exchange(b"")
+
+
+def test_a_post_needs_nobody_who_waits(fleet, tmp_path):
+    play(fleet, "gloo", 2, posts_go_on_while_nobody_waits, mark=str(tmp_path / "mark"))
+
+
 # ---------------------------------------------------------------------------------------------------- memory
 
 

@@ -23,6 +23,7 @@ def shares_the_default_group(bare) -> list[str]:
         ProcessGroup(Worker(rank=rank, size=size + 1))
     group = ProcessGroup(bare.worker)
     replies = group.exchange(b"%d" % rank)
+    assert group.post(b"%d" % rank, [1] * size)() == replies
     group.close()
     # The caller's own group goes on.
     total = torch.tensor([rank + 1])
@@ -54,9 +55,12 @@ def one_stops_coming(bare, call: str) -> str:
     runs = [range(100), range(100, 200)]
     area = group.gradient_area(200, [1, 1], [[0], [0]], runs)
     group.exchange(b"")
+    if call == "post":
+        group.post(b"", [0, 0])()
     told = "nothing"
     if group.worker.rank == 0:
         calls = {"exchange": lambda: group.exchange(b""), "collect": area.collect}
+        calls |= dict.fromkeys(["post", "first post"], lambda: group.post(b"0", [1, 1])())
         with pytest.raises(PeerError, match="did not come in time") as caught:
             calls[call]()
         assert caught.value.__cause__ is not None
@@ -69,7 +73,7 @@ def one_stops_coming(bare, call: str) -> str:
     return told
 
 
-@pytest.mark.parametrize("call", ["exchange", "collect"])
+@pytest.mark.parametrize("call", ["exchange", "collect", "post", "first post"])
 def test_a_worker_that_does_not_come_in_time_counts_as_gone(fleet, call):
     assert fleet.play(one_stops_coming, "bare", 2, call=call) == [call, "nothing"]
 

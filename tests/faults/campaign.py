@@ -36,7 +36,7 @@ class Fault:
     kind: str
 
 
-def main(run: Any) -> dict[str, Any]:
+def main(run: Any, num_epochs: int = 12) -> dict[str, Any]:
     """Train with what is hard to bring back: Python variables, a scheduler, an average of weights, early stopping."""
     import torch
     from torch import nn
@@ -51,7 +51,7 @@ def main(run: Any) -> dict[str, Any]:
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.97)
     run.replicate(model, optimizer, scheduler, average)
     losses, best, bad, epochs = [], 9.0, 0, 0
-    for _ in range(12):
+    for _ in range(num_epochs):
         for step in run.steps((x, y), 24, epochs=1):
             for a, b in step:
                 step.backward(F.cross_entropy(model(a), b))

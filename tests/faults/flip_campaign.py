@@ -139,7 +139,7 @@ def body(flip: Flip | None, struck: mmap.mmap, options: Any, context: Any) -> No
 
     if flip is not None and context.rank == (0 if flip.where in ("copied", "kept") else flip.rank):
         arm(Planter(flip, struck))
-    seat.take_part(context, main, options)
+    seat.take_part(context, functools.partial(main, num_epochs=6), options)
 
 
 def play(num_workers: int, flip: Flip | None) -> tuple[Any, Listener, bool]:
@@ -186,7 +186,7 @@ def case_of(seed: int) -> tuple[int, Flip]:
     where = draw.choice(WHERE)
     num_workers = draw.randint(2 if where == "gradient" else 1, 4)
     window = draw.choice(WINDOWS)
-    return num_workers, Flip(draw.randint(1, 110), draw.randrange(num_workers), where, window, draw.getrandbits(32))
+    return num_workers, Flip(draw.randint(1, 55), draw.randrange(num_workers), where, window, draw.getrandbits(32))
 
 
 def plant_bug(without: str) -> None:

@@ -237,7 +237,7 @@ def table(points: Points) -> list[Bug]:
         ),
         Bug(
             "what was read is not in the ledger",
-            edited("loop.stepping:Stepping.update", "list(made.read)", "[0, 0]"),
+            edited("agree.meeting:Outcome.to_values", "list(self.read)", "[0, 0]"),
             dead,
         ),
         Bug(
@@ -294,8 +294,8 @@ def table(points: Points) -> list[Bug]:
             "no barrier at the commit",
             edited(
                 commits,
-                'met = self._calls.meet("step.update (commit)", request.where, None, frame)',
-                "met = self._calls.meet('', '', None, frame) if request.seeds[1] < 1 else [(None, b'')]",
+                'met = self.calls.meet("step.update (commit)", request.where, None, frame)',
+                "met = self.calls.meet('', '', None, frame) if request.seeds[1] < 1 else [(None, b'')]",
             ),
             case(at("pause", 1, "Fold.chunk", "program = self._programs[index]", 4)),
         ),

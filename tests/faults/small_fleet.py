@@ -8,6 +8,7 @@ number counts the calls; it may kill its process. Replacements are not struck un
 
 from __future__ import annotations
 
+import importlib
 import json
 import mmap
 import os
@@ -118,7 +119,11 @@ class SmallFleet:
     ):
         from samestep.core.arena import Handles
         from samestep.core.snapshot import Snapshots
+        from samestep.launching.zygote import WARM
 
+        # Else each worker spends seconds on it.
+        for name in WARM:
+            importlib.import_module(name)
         self._main = main
         self._replicas = replicas
         self._strike, self._strike_joiner = strike, strike_joiner

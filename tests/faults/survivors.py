@@ -222,7 +222,7 @@ def way_of(name: str) -> Any:
 
     made = {
         "": lambda: None,
-        "Local": lambda: samestep.Local(every=4, outer=samestep.Nesterov(0.5, 0.5), codec=Int4()),
+        "Local": lambda: samestep.Local(every=4, outer=samestep.Nesterov(0.5, 0.5), fragments=2, codec=Int4(), delay=3),
         "Synchronous": lambda: samestep.Synchronous(codec=TopK(share=0.1)),
     }
     return made[name]()

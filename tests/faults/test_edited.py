@@ -25,8 +25,8 @@ def main(run):
 
 samestep.launch(main, replicas=4, workers=2)
 """
+# Only a script that is read again can differ from one that is gone.
 EDITS = {
-    "left": "pass",
     "edited": "text = open('train.py').read(); open('train.py', 'w').write(text.replace('lr=0.1', 'lr=0.7'))",
     "deleted": "os.remove('train.py')",
 }

@@ -39,16 +39,14 @@ sys.addaudithook(watch)
 import torch
 import samestep
 
+def is_refused(way):
+    try:
+        way()
+    except Refused:
+        return True
+    return False
+
 def main(run):
-    if "loads" in sys.argv:
-        pickle.loads(planted)
-    if "kept" in sys.argv:
-        load_kept_from_before(planted)
-    if "torch" in sys.argv:
-        file = io.BytesIO()
-        torch.save({"x": torch.ones(2)}, file)
-        file.seek(0)
-        torch.load(file, weights_only=False)
     torch.manual_seed(run.recipe.seed)
     model = torch.nn.Linear(4, 3)
     run.replicate(model, torch.optim.AdamW(model.parameters()))
@@ -57,6 +55,15 @@ def main(run):
         for (shard,) in step:
             step.backward(model(shard).square().mean())
         step.update()
+    if "planted" in sys.argv:
+        file = io.BytesIO()
+        torch.save({"x": torch.ones(2)}, file)
+        file.seek(0)
+        ways = (
+            lambda: pickle.loads(planted), lambda: load_kept_from_before(planted),
+            lambda: torch.load(file, weights_only=False),
+        )
+        return [is_refused(way) for way in ways]
     run.save("mine")
     run.load("mine")
     return {"digest": run.digest(), "mean": run.mean(lambda b: model(b[0]).sum(1), (x,), batch_size=16)}
@@ -90,6 +97,5 @@ def test_no_pickle_is_read(tmp_path):
 
 
 def test_a_planted_pickle_is_seen(tmp_path):
-    for planted in ("loads", "kept", "torch"):
-        ended = play(tmp_path, "script.py", "--workers", "2", "--", planted)
-        assert ended.returncode == 1 and "a pickle was about to be read" in ended.stderr, ended.stderr
+    ended = play(tmp_path, "script.py", "--workers", "2", "--", "planted")
+    assert json.loads(ended.stdout) == [True, True, True], ended.stderr

@@ -30,19 +30,21 @@ class Apart:
         owns: what each replica has of its own; where memory is not shared, of those played here.
     """
 
-    def __init__(self, model: Model, number: int, group: Group):
+    def __init__(self, model: Model, number: int, group: Group, has_anchors: bool = False):
         """Start all from the weights as they are. Collective.
 
         Args:
             model: what was replicated.
             number: of the optimizer in it.
             group: the workers.
+            has_anchors: whether rounds may be under way for some steps.
         """
         self.trained = model.trained[number]
         self._model = model
         self._group = group
         known = range(model.division.num_replicas) if group.shares_memory else self.mine
-        self.owns = {r: Own(self.trained, r, model.division.player_of(r), group, str(number)) for r in known}
+        player_of = model.division.player_of
+        self.owns = {r: Own(self.trained, r, player_of(r), group, str(number), has_anchors) for r in known}
         self._held: dict[int, Gradients] = {}
         group.exchange(b"")
 
@@ -122,9 +124,13 @@ class Apart:
         for replica, own in self.owns.items():
             own.reseat(self._model.division.player_of(replica))
 
-    def state(self) -> tuple[dict[str, torch.Tensor], list[Any]]:
-        """Return tensors by name, and [replica, numbers], of all replicas. Collective."""
-        all_of: dict[int, list[Any]] = {r: [own.tensors(), own.numbers()] for r, own in self.owns.items()}
+    def state(self, anchored: Sequence[int] = ()) -> tuple[dict[str, torch.Tensor], list[Any]]:
+        """Return tensors by name, and [replica, numbers], of all replicas. Collective.
+
+        Args:
+            anchored: the parameters whose anchors are wanted too.
+        """
+        all_of: dict[int, list[Any]] = {r: [own.tensors(anchored), own.numbers()] for r, own in self.owns.items()}
         if not self._group.shares_memory:
             for message in self._group.exchange(wire.pack(all_of)):
                 all_of.update(wire.unpack(message))

@@ -84,13 +84,13 @@ class Coding:
         """Return a tensor as others will see it."""
         return tensor if self.is_exact else self.decode(step, index, self.encode(step, replica, index, tensor))
 
-    def commit(self) -> None:
-        """Keep what came of all that was encoded since the last time."""
-        for (replica, index), state in self._pending.items():
-            kept = self._states[replica][index]
-            for name, value in state.items():
-                kept[name].copy_(value)
-        self._pending.clear()
+    def commit(self, parameters: Sequence[int] | None = None) -> None:
+        """Keep what came of all that was encoded since the last time; of some parameters, or of all."""
+        for replica, index in list(self._pending):
+            if parameters is None or index in parameters:
+                kept = self._states[replica][index]
+                for name, value in self._pending.pop((replica, index)).items():
+                    kept[name].copy_(value)
 
     def drop(self) -> None:
         """Forget what was encoded since the last `commit`."""

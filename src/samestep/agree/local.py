@@ -5,9 +5,10 @@
              tree with the weight of its samples; an outer optimizer makes new weights of it; all go on from these
 
 Local SGD and federated averaging (average), post-local SGD (`warm_up`), SlowMo and DiLoCo (momentum) are one recipe
-with different outer optimizers; fragments that meet at different steps are those of Streaming DiLoCo (Douillard et al.
-2025). The weights that the script sees outside of shards, evaluates and saves are those that all start from. The last
-round of a `run.steps` comes at its end, however many steps it is after the one before.
+with different outer optimizers; fragments that meet at different steps, and rounds that overlap with the steps after
+them (`delay`), are those of Streaming DiLoCo (Douillard et al. 2025). The weights that the script sees outside of
+shards, evaluates and saves are those that all start from. The last round of a `run.steps` comes at its end, however
+many steps it is after the one before.
 
 What every step still tells all workers (losses, counts, whether something is not finite) is some hundred bytes, so that
 step.loss and the ledger are what they are elsewhere, and a script decides alike on every worker.
@@ -16,7 +17,7 @@ step.loss and the ledger are what they are elsewhere, and a script decides alike
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,15 +28,13 @@ from samestep.agree.apart import Apart
 from samestep.agree.coding import Coding
 from samestep.agree.meeting import Meeting, Outcome, Part, Request, problem_of, terms_of
 from samestep.agree.outer import Average, Outer
-from samestep.agree.round import check_apart, mean_norm, reach
+from samestep.agree.round import check_apart, mean_norm
+from samestep.agree.rounds import Rounds
 from samestep.codecs import Codec, Exact
 from samestep.core.calls import line_of_user
 from samestep.core.model import Options
 from samestep.core.worker import Wish
 from samestep.errors import SettingsError
-
-Items = dict[int, float]
-"""Samples, or what else the user counts, of each replica."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,9 @@ class Local(Agreement):
         warm_up: so many first steps each end with a round (post-local SGD: Lin et al. 2020).
         fragments: parts of the model, about equally large, that meet at different steps, each `every` steps.
         codec: how what each replica did is compressed, with error feedback where that leaves something out.
+        delay: so many steps after a round is due it ends: what replicas did until it was due goes between hosts while
+            they go on, and what they do meanwhile stays theirs and counts in the next round. Below `every`. The rounds
+            of `warm_up`, and the last one, are not delayed.
     """
 
     every: int = 64
@@ -55,9 +57,10 @@ class Local(Agreement):
     warm_up: int = 0
     fragments: int = 1
     codec: Codec = field(default_factory=Exact)
+    delay: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("every", 1), ("warm_up", 0), ("fragments", 1)):
+        for name, least in (("every", 1), ("warm_up", 0), ("fragments", 1), ("delay", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise SettingsError(f"You set Local({name}={value!r}); it must be a whole number, {least} or more.")
@@ -65,6 +68,11 @@ class Local(Agreement):
             raise SettingsError(
                 f"You set Local(fragments={self.fragments}, every={self.every}): there must not be more fragments than "
                 f"steps between two rounds."
+            )
+        if self.delay >= self.every:
+            raise SettingsError(
+                f"You set Local(delay={self.delay}, every={self.every}): a round would still be under way when the "
+                f"next one of the same weights is due. Set delay below every."
             )
         if not isinstance(self.outer, Outer):
             raise SettingsError(f"You set Local(outer={self.outer!r}); use Average(), Nesterov(lr=0.7), or alike.")
@@ -84,6 +92,10 @@ class Local(Agreement):
         now = (update - self.warm_up + 1) % self.every
         return [f for f in range(self.fragments) if f * self.every // self.fragments == now]
 
+    def delay_of(self, update: int) -> int:
+        """Return how many updates after that such a round is ended."""
+        return 0 if update < self.warm_up else self.delay
+
 
 class LiveLocal(Live):
     """One worker's side of local steps."""
@@ -96,16 +108,13 @@ class LiveLocal(Live):
         # Elsewhere what a replica has of its own stays where its worker is.
         self.can_move = self.group.shares_memory
         trained, num_replicas = self.model.trained, self.model.division.num_replicas
-        self._apart = [Apart(self.model, number, self.group) for number in range(len(trained))]
-        self._codings = [Coding(self.recipe.codec, self.model, number, self.group) for number in range(len(trained))]
-        self._num_bytes = 0
+        numbers, is_late = range(len(trained)), self.recipe.delay > 0
+        self._apart = [Apart(self.model, number, self.group, is_late) for number in numbers]
+        self._codings = [Coding(self.recipe.codec, self.model, number, self.group) for number in numbers]
         self.model.buffers.spread(range(num_replicas))
         self.group.exchange(b"")
-        self._fragments = [_cut([v.numel() for v in t.weights.views], self.recipe.fragments) for t in trained]
-        self._updates = [0] * len(trained)
-        # For each optimizer and fragment: items of each replica since its last round.
-        self._since: list[list[Items]] = [[{} for _ in range(self.recipe.fragments)] for _ in trained]
-        self._num_rounds = 0
+        each = zip(self._apart, self._codings, strict=True)
+        self._rounds = [Rounds(self.recipe, self, apart, coding) for apart, coding in each]
 
     def begin_pass(self) -> None:
         for apart in self._apart:
@@ -149,20 +158,17 @@ class LiveLocal(Live):
             self.model.buffers.restore()
         else:
             self._step(apart, request, met, norms)
-        due = self.recipe.due(self._updates[index])
-        self._updates[index] += 1
-        self._round(index, due, request.where)
+        self._rounds[index].advance(request.where)
         integrity.updated(self.calls.heard(Wish.VERIFY) or self.calls.stands(Wish.SNAPSHOT))
         norm = None if request.clip_norm is None else mean_norm([told for _, told in met.own], met.weights)
         return met.outcome(norm, problem is not None, problem.words if problem is not None else "")
 
     def settle(self) -> None:
-        for index, since in enumerate(self._since):
-            due = [fragment for fragment, items in enumerate(since) if items]
-            if due:
+        for rounds in self._rounds:
+            if rounds.under_way or any(rounds.since):
                 is_watching = self.model.integrity.is_watching
                 self.model.integrity.verify(self.calls, "the last round (verify)", "at the end of the steps")
-                self._round(index, due, line_of_user())
+                rounds.settle(line_of_user())
                 self.model.integrity.watch(is_watching)
 
     def spread(self) -> None:
@@ -179,18 +185,18 @@ class LiveLocal(Live):
         tensors: dict[str, torch.Tensor] = {}
         numbers = []
         for index, apart in enumerate(self._apart):
-            own, of_own = apart.state()
+            own, of_own = apart.state(self._rounds[index].anchored)
             tensors |= {f"{index}.{name}": tensor for name, tensor in own.items()}
             numbers.append(of_own)
             tensors |= {f"codec.{index}.{name}": tensor for name, tensor in self._codings[index].state().items()}
         self.model.buffers.gather_own()
         if self.model.buffers.num_bytes:
             tensors["buffers"] = self.model.buffers.own
-        since = [[list(map(list, items.items())) for items in ones] for ones in self._since]
-        counts = {"updates": self._updates, "rounds": self._num_rounds, "bytes": self._num_bytes}
-        return tensors, {**counts, "since": since, "numbers": numbers}
+        return tensors, {"rounds": [rounds.values() for rounds in self._rounds], "numbers": numbers}
 
     def load(self, tensors: Mapping[str, torch.Tensor], values: Any) -> None:
+        for rounds in self._rounds:
+            rounds.drop()
         for index, apart in enumerate(self._apart):
             prefix = f"{index}."
             own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
@@ -214,11 +220,12 @@ class LiveLocal(Live):
             apart.take_over(numbers)
 
     def facts(self) -> dict[str, Any]:
-        return {"agreement": repr(self.recipe), "rounds": self._num_rounds, "bytes_per_replica": self._num_bytes}
+        num_rounds, num_bytes = (sum(getattr(r, name) for r in self._rounds) for name in ("num_rounds", "num_bytes"))
+        return {"agreement": repr(self.recipe), "rounds": num_rounds, "bytes_per_replica": num_bytes}
 
     def _count(self, values: Any) -> None:
-        self._updates, self._num_rounds, self._num_bytes = list(values["updates"]), values["rounds"], values["bytes"]
-        self._since = [[dict(items) for items in ones] for ones in values["since"]]
+        for rounds, known in zip(self._rounds, values["rounds"], strict=True):
+            rounds.take(known)
 
     def _step(self, apart: Apart, request: Request, met: Meeting, norms: Mapping[int, float]) -> None:
         """Let the replicas played here step by themselves. Collective."""
@@ -230,40 +237,4 @@ class LiveLocal(Live):
             frames = [theirs for _, theirs in self.calls.meet("step.update (commit)", request.where, None, frame)]
             self.clock.to("update")
         apart.settle(frames)
-        for items in self._since[request.optimizer]:
-            for replica, count in met.weights.items():
-                items[replica] = items.get(replica, 0.0) + count
-
-    def _round(self, index: int, fragments: Sequence[int], where: str) -> None:
-        """Let replicas agree on some fragments of the weights of one optimizer. Collective."""
-        since = {f: self._since[index][f] for f in fragments if math.fsum(self._since[index][f].values())}
-        if not since:
-            return
-        apart, buffers = self._apart[index], self.model.buffers
-        if buffers.num_bytes:
-            buffers.publish(apart.mine)
-            self.calls.meet("the round (buffers)", where)
-            items = next(iter(since.values()))
-            buffers.merge(items, set(items))
-            buffers.spread(apart.mine)
-        for fragment, items in since.items():
-            total = math.fsum(items.values())
-            shares = {replica: count / total for replica, count in sorted(items.items()) if count}
-            chosen = self._fragments[index][fragment]
-            coding, number = self._codings[index], self._updates[index]
-            reach(self, apart, coding, number, chosen, shares, where)
-            self._num_bytes += coding.num_bytes(number, chosen)
-            apart.begin(apart.mine, chosen)
-            self._since[index][fragment] = {}
-        self._num_rounds += 1
-
-
-def _cut(sizes: Sequence[int], num_fragments: int) -> list[list[int]]:
-    """Divide parameters into runs of about the same number of elements."""
-    total, before = sum(sizes), 0
-    fragments: list[list[int]] = [[] for _ in range(num_fragments)]
-    for index, size in enumerate(sizes):
-        middle = before + size / 2
-        fragments[min(num_fragments - 1, int(middle * num_fragments / total)) if total else 0].append(index)
-        before += size
-    return fragments
+        self._rounds[request.optimizer].count(met.weights)

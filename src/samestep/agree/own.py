@@ -25,11 +25,12 @@ class Own:
     Attributes:
         parameters: its weights; one per parameter of the user's optimizer.
         views: other handles on the same memory.
+        anchors: its weights as they were where a round began that is still under way.
         layout: where they lie; all are owned by the worker that plays the replica.
         update: its optimizer.
     """
 
-    def __init__(self, trained: Trained, replica: int, player: int, group: Group, name: str):
+    def __init__(self, trained: Trained, replica: int, player: int, group: Group, name: str, has_anchors: bool = False):
         """Start from the weights as they are now. Collective where memory is shared; else only its player does it.
 
         Args:
@@ -38,6 +39,7 @@ class Own:
             player: the worker that plays it.
             group: the workers.
             name: tells the memories of one optimizer from those of others.
+            has_anchors: whether there is room for anchors.
         """
         self._trained = trained
         self._group = group if group.shares_memory else Solo(group.worker)
@@ -52,6 +54,8 @@ class Own:
         ]
         self._followed = settings_of(trained.optimizer)
         self.views: list[torch.Tensor] = []
+        self.anchors: list[torch.Tensor] = []
+        self._has_anchors = has_anchors
         self._memory = torch.empty(0)
         self.layout = self._layout(player)
         self._open()
@@ -73,11 +77,28 @@ class Own:
         for index in indices:
             self.views[index].copy_(self._trained.weights.views[index])
 
-    def difference(self, index: int) -> torch.Tensor:
-        """Return how far the weights that all start from are ahead of its own, in the dtype of gradient sums."""
-        start = self._trained.weights.views[index]
+    def anchor(self, indices: Sequence[int]) -> None:
+        """Keep some weights as they are now."""
+        for index in indices:
+            self.anchors[index].copy_(self.views[index])
+
+    def go_on(self, indices: Sequence[int]) -> None:
+        """Set some weights to those that all start from, and what it did since `anchor` on top."""
+        for index in indices:
+            start, view = self._trained.weights.views[index], self.views[index]
+            dtype = sum_dtype(start.dtype)
+            view.copy_(start.to(dtype) + (view.to(dtype) - self.anchors[index].to(dtype)))
+
+    def difference(self, index: int, anchored: bool = False) -> torch.Tensor:
+        """Return how far the weights that all start from are ahead of its own, in the dtype of gradient sums.
+
+        Args:
+            index: of the parameter.
+            anchored: of its own as they were at `anchor`, not as they are now.
+        """
+        start, own = self._trained.weights.views[index], (self.anchors if anchored else self.views)[index]
         dtype = sum_dtype(start.dtype)
-        return start.to(dtype) - self.views[index].to(dtype)
+        return start.to(dtype) - own.to(dtype)
 
     def step(self, gradients: Sequence[torch.Tensor | None]) -> Any:
         """Step its optimizer; return what the other workers must know (see `Update.notice`).
@@ -96,9 +117,14 @@ class Own:
         self.update.apply_ready(flat)
         return self.update.notice()
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Return its weights and optimizer state by name; of the last only what this worker sees."""
+    def tensors(self, anchored: Sequence[int] = ()) -> dict[str, torch.Tensor]:
+        """Return its weights and optimizer state by name; of the last only what this worker sees.
+
+        Args:
+            anchored: the parameters whose anchors are wanted too.
+        """
         found = {f"weights.{i}": view for i, view in enumerate(self.views)}
+        found |= {f"anchors.{i}": self.anchors[i] for i in anchored}
         for index, values in self.update.full_state().items():
             found |= {f"state.{index}.{k}": v for k, v in values.items() if isinstance(v, torch.Tensor)}
         return found
@@ -122,7 +148,7 @@ class Own:
             if kind == "state":
                 state.setdefault(int(index), {})[key] = tensor
             elif writes:
-                self.views[int(index)].copy_(tensor)
+                (self.anchors if kind == "anchors" else self.views)[int(index)].copy_(tensor)
         for index, key, value in numbers:
             state.setdefault(index, {})[key] = value
         self.update.load(state)
@@ -150,10 +176,13 @@ class Own:
     def _open(self) -> None:
         """Find the memory, and point to it."""
         layout, weights = self.layout, self._trained.weights
-        memory = self._group.allocate(layout.num_bytes, f"own weights {self._name}")
+        end = layout.num_bytes
+        memory = self._group.allocate(end * (2 if self._has_anchors else 1), f"own weights {self._name}")
         if self._memory.data_ptr() == memory.data_ptr():
             return
         self._memory = memory
         self.views = [placed(memory, o, v) for v, o in zip(weights.views, layout.offsets, strict=True)]
+        if self._has_anchors:
+            self.anchors = [placed(memory, end + o, v) for v, o in zip(weights.views, layout.offsets, strict=True)]
         for parameter, view in zip(self.parameters, self.views, strict=True):
             parameter.data = view.detach()

@@ -5,7 +5,7 @@
     Failing(group, "exchange", 3)       the third exchange raises
     Delaying(group, 0.01)               every call takes 10 ms longer
 
-A wrapper sees three kinds of call: "exchange", "collect" (of its gradient areas) and "share".
+A wrapper sees four kinds of call: "exchange", "post", "collect" (of its gradient areas) and "share".
 
 [Note: one thread at a time]
 torch's, NumPy's and Python's global generators belong to the process, and training code seeds them. So the threads
@@ -33,7 +33,7 @@ from samestep.errors import MismatchError, PeerError
 T = TypeVar("T")
 _Generators = tuple[torch.Tensor, list[torch.Tensor], Any, Any]
 
-KINDS = ("exchange", "collect", "share")
+KINDS = ("exchange", "post", "collect", "share")
 """The kinds of call that the wrappers tell apart."""
 
 
@@ -196,6 +196,12 @@ class _Wrapper(Group):
         replies = self.inner.exchange(message)
         self.after("exchange", sum(len(m) for w, m in enumerate(replies) if w != self.worker.rank))
         return replies
+
+    def post(self, message: bytes, lengths: Sequence[int]) -> Callable[[], list[bytes]]:
+        self.before("post")
+        wait = self.inner.post(message, lengths)
+        self.after("post", sum(lengths) - len(message))
+        return wait
 
     def allocate(self, num_bytes: int, name: str = "") -> torch.Tensor:
         return self.inner.allocate(num_bytes, name)

@@ -4,9 +4,11 @@ Everything that crosses from one worker to another goes through a `Group`. There
 the arena (one host, shared memory), `torch.distributed` (many hosts, GPUs), and the fakes used by tests.
 
     exchange        every worker gives a small message and gets all of them, in rank order; also a barrier
+    post            every worker gives a message of known length, and gets all of them later
     allocate        memory for weights and optimizer state; one memory for all workers where they share it
     gradient_area   where each worker folds its gradients and each owner reads the folded nodes of its units
     share           after owners wrote their runs of a memory, every worker sees all of it
+    beside          where workers send to each other: all of it once more, for one more thread of each
 """
 
 from __future__ import annotations
@@ -75,6 +77,23 @@ class Group(ABC):
         Raises:
             PeerError: another worker is gone.
         """
+
+    def post(self, message: bytes, lengths: Sequence[int]) -> Callable[[], list[bytes]]:
+        """Give `message` to all workers in the background, where the group can do that; here at once. Collective.
+
+        Args:
+            message: of this worker.
+            lengths: of the messages of all workers, in rank order.
+
+        Returns:
+            A function that waits for the messages of all workers and returns them in rank order. Several posts may be
+            under way, and be waited for in any order.
+
+        Raises:
+            PeerError: another worker is gone; here, or when the messages are waited for.
+        """
+        replies = self.exchange(message)
+        return lambda: replies
 
     @abstractmethod
     def allocate(self, num_bytes: int, name: str = "") -> torch.Tensor:

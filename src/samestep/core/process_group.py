@@ -3,8 +3,9 @@
 Every transfer goes directly from the worker that has the bytes to the worker that needs them. Together this moves
 what a ring moves, in one hop, and nothing is added up on the way: the owner adds, in tree order.
 
-    exchange        one all-to-all of small slots, as large as the last messages; longer ones send their rest in a
+    exchange        one all-to-all of small slots, as large as the last small messages; longer ones send their rest in a
                     second round
+    post            transfers that go on in the background, over connections of their own, until they are waited for
     gradient_area   each node's runs go to their owners (the reduce-scatter, without its sum)
     share           each owner's run goes to everybody (the all-gather), in place
 """
@@ -66,17 +67,17 @@ class ProcessGroup(Group):
         make_current(worker.device)
         self.worker = worker
         self._staged = staged
-        self._timeout_seconds = timeout_seconds
         self._beside: list[tuple[ProcessGroup, Callable[[], None]]] = []
         self._owns_default = False
         self._is_closed = False
         # Groups of our own: calls of the user's code on the default group cannot mix with ours.
-        timeout = None if timeout_seconds is None else timedelta(seconds=timeout_seconds)
+        self._timeout = timeout = None if timeout_seconds is None else timedelta(seconds=timeout_seconds)
         with self._peers("the start"):
             self._control = dist.new_group(backend="gloo", timeout=timeout)
             self._bulk = self._control
             if is_cuda(worker.device) and not staged:
                 self._bulk = dist.new_group(backend="nccl", timeout=timeout)
+        self._mail: dist.ProcessGroup | None = None
         self._recent: deque[int] = deque(maxlen=_NUM_RECENT)
         self._out = self._in = torch.zeros(worker.size, _LEAST_SLOT, dtype=torch.uint8)
         self._warm_up()
@@ -140,7 +141,9 @@ class ProcessGroup(Group):
         slots = self._in.numpy()
         lengths = [int.from_bytes(slot[:_LENGTH_BYTES].tobytes(), "little") for slot in slots]
         replies = [slot[_LENGTH_BYTES : _LENGTH_BYTES + n].tobytes() for slot, n in zip(slots, lengths, strict=True)]
-        self._recent.append(max(lengths))
+        if max(lengths) <= _MOST_SLOT - _LENGTH_BYTES:
+            # Longer ones need a second round whatever the slots are.
+            self._recent.append(max(lengths))
         if max(lengths) <= room:
             return replies
         rests = {w: bytearray(lengths[w] - room) for w in range(size) if w != rank and lengths[w] > room}
@@ -163,6 +166,26 @@ class ProcessGroup(Group):
             self._out = torch.zeros(self.worker.size, num_bytes, dtype=torch.uint8)
             self._in = torch.zeros(self.worker.size, num_bytes, dtype=torch.uint8)
         return num_bytes - _LENGTH_BYTES
+
+    def post(self, message: bytes, lengths: Sequence[int]) -> Callable[[], list[bytes]]:
+        rank, size = self.worker.rank, self.worker.size
+        others = [w for w in range(size) if w != rank]
+        rooms = {w: bytearray(lengths[w]) for w in others if lengths[w]}
+        receives = [(torch.frombuffer(room, dtype=torch.uint8), w) for w, room in rooms.items()]
+        sends = [(torch.frombuffer(bytearray(message), dtype=torch.uint8), w) for w in others if message]
+        with self._peers("post"):
+            if self._mail is None:
+                # Connections of their own: a small message of a step must not queue behind what takes many steps.
+                self._mail = dist.new_group(backend="gloo", timeout=self._timeout)
+            works = _start(self._mail, sends, receives)
+
+        def wait() -> list[bytes]:
+            with self._peers("post"):
+                for work in works:
+                    work.wait()
+            return [message if w == rank else bytes(rooms.get(w, b"")) for w in range(size)]
+
+        return wait
 
     def allocate(self, num_bytes: int, name: str = "") -> torch.Tensor:
         return aligned_zeros(num_bytes, self.worker.device)
@@ -204,7 +227,8 @@ class ProcessGroup(Group):
                 tensor.copy_(room)
 
     def beside(self, at_close: Callable[[], None]) -> ProcessGroup:
-        group = ProcessGroup(self.worker, timeout_seconds=self._timeout_seconds, staged=self._staged)
+        seconds = None if self._timeout is None else self._timeout.total_seconds()
+        group = ProcessGroup(self.worker, timeout_seconds=seconds, staged=self._staged)
         self._beside.append((group, at_close))
         return group
 
@@ -217,10 +241,10 @@ class ProcessGroup(Group):
         if self._owns_default:
             dist.destroy_process_group()
         else:
-            for group in {self._control, self._bulk}:
+            for group in {self._control, self._bulk, self._mail} - {None}:
                 dist.destroy_process_group(group)
         # torch's groups keep their threads and sockets for as long as anybody refers to them.
-        del self._control, self._bulk
+        del self._control, self._bulk, self._mail
         for _, at_close in self._beside:
             at_close()
 
@@ -275,9 +299,13 @@ class _SentArea(GradientArea):
 
 
 def _transfer(group: dist.ProcessGroup, sends: Sequence[_Transfer], receives: Sequence[_Transfer]) -> None:
-    """Start all transfers together, and wait for all. Receives come first, so that no send finds nobody waiting."""
+    """Start all transfers together, and wait for all."""
+    for work in _start(group, sends, receives):
+        work.wait()
+
+
+def _start(group: dist.ProcessGroup, sends: Sequence[_Transfer], receives: Sequence[_Transfer]) -> list[dist.Work]:
+    """Start all transfers together. Receives come first, so that no send finds nobody waiting."""
     operations = [dist.P2POp(dist.irecv, tensor, w, group) for tensor, w in receives]
     operations += [dist.P2POp(dist.isend, tensor, w, group) for tensor, w in sends]
-    if operations:
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
+    return dist.batch_isend_irecv(operations) if operations else []
