@@ -42,6 +42,7 @@ WAYS: dict[str, tuple[Any, int]] = {
     "Synchronous(codec=Int8())": (samestep.Synchronous(codec=Int8()), 12),
     "Synchronous(codec=PowerSGD(4))": (samestep.Synchronous(codec=PowerSGD(rank=4)), 32),
     "Synchronous(codec=PowerSGD(16))": (samestep.Synchronous(codec=PowerSGD(rank=16)), 24),
+    "Stale(bound=1)": (samestep.Stale(bound=1), 24),
     "Local(every=64, warm_up=1, codec=Int8())": (samestep.Local(every=64, warm_up=1, codec=Int8()), 128),
     "Local(every=64, warm_up=1, codec=Int8(), delay=8)": (
         samestep.Local(every=64, warm_up=1, codec=Int8(), delay=8),

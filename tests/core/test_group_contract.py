@@ -11,6 +11,7 @@ import itertools
 import os
 import random
 import signal
+import threading
 import time
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 
 from samestep.core.fakes import Counting, Delaying, Failing, run_threads
 from samestep.core.group import ALIGNMENT, Group, Solo
-from samestep.errors import PeerError
+from samestep.errors import PeerError, UsageError
 
 WRAPPERS = {
     "counting": Counting,
@@ -393,6 +394,61 @@ def test_a_worker_that_ends_before_a_transfer_is_missed(fleet, kind, size):
     told = {outcome.get("returned", str(outcome)) for outcome in outcomes}
     assert told == ({"exchange"} if kind == "arena" else {"collect"})
     assert all(outcome["left"] == [] for outcome in outcomes)
+
+
+# -------------------------------------------------------------------------------------------------------- beside
+
+
+def two_threads(group: Group, num_rounds: int) -> str:
+    """Two threads of each worker exchange and send at the same time, at a pace of their own."""
+    rank, size = group.worker.rank, group.worker.size
+    failed: list[BaseException] = []
+
+    def play(mine: Group, who: int) -> None:
+        runs = [range(w * 1000, (w + 1) * 1000) for w in range(size)]
+        area = mine.gradient_area(1000 * size, [1] * size, [[0]] * size, runs)
+        dice = random.Random(10 * rank + who)
+        try:
+            for turn in range(num_rounds):
+                if dice.random() < 0.05:
+                    time.sleep(dice.random() * 5e-4)
+                replies = mine.exchange(noise(100, who, turn, rank))
+                assert replies == [noise(100, who, turn, w) for w in range(size)]
+                area.mine[0].copy_(noise_tensor(1000 * size, who, turn, rank))
+                area.collect()
+                for w, (node,) in enumerate(area.nodes):
+                    assert torch.equal(node, noise_tensor(1000 * size, who, turn, w)[rank * 1000 :][:1000])
+                mine.exchange(b"")
+        except BaseException as error:
+            failed.append(error)
+            raise
+
+    closed: list[str] = []
+    beside = group.beside(lambda: closed.append("closed"))
+    assert beside.worker == group.worker and not beside.shares_memory
+    thread = threading.Thread(target=play, args=(beside, 1))
+    thread.start()
+    play(group, 0)
+    thread.join()
+    assert not failed and not closed
+    group.close()
+    return closed[0]
+
+
+@over(GLOOS)
+def test_another_thread_has_a_group_beside(fleet, kind, size):
+    assert play(fleet, kind, size, two_threads, num_rounds=30) == ["closed"] * size
+
+
+def has_none_beside(group: Group) -> str:
+    with pytest.raises(UsageError) as caught:
+        group.beside(lambda: None)
+    return str(caught.value)
+
+
+@over([("solo", 1), ("threads", 2), ("arena", 2)])
+def test_where_memory_is_shared_there_is_nothing_beside(fleet, kind, size):
+    assert all("share memory" in words for words in play(fleet, kind, size, has_none_beside))
 
 
 # ------------------------------------------------------------------------------------------------ without meeting

@@ -17,6 +17,7 @@ from refusing import made, refused, train
 from test_resume import assert_resumed_is_never_stopped
 from zoo import Convolutional, Perceptron, classes_loss, images, vectors
 
+import samestep.agree.maker as maker
 import samestep.agree.pipeline as pipeline
 import samestep.agree.schedule as schedule
 import samestep.agree.versions as versions
@@ -38,7 +39,7 @@ BOUND = 2
 def pause(run: Run, chance: random.Random) -> None:
     """Let the other workers go on for some turns, as a worker does that is slow."""
     turns = iter([False] * chance.choice((0, 0, 2 * run.worker.rank)) + [True])
-    if run.worker.size > 1:
+    if run.worker.size > 1 and run._session.group.shares_memory:
         run._session.group.wait_until(lambda: next(turns))
 
 
@@ -292,14 +293,14 @@ def applied_twice():
 
 
 def stale_gradients_dropped():
-    absent_of = pipeline.Pipeline._absent
+    absent_of = maker.Maker._absent
 
     def dropped(self, met):
         late = {replica for _, _, lags, _ in met.own for replica, lag in lags if lag == 1}
         everything = range(len(self._trained.weights.parameters))
         return {**absent_of(self, met), **({i: tuple(late) for i in everything} if late else {})}
 
-    return replaced(pipeline.Pipeline, "_absent", dropped)
+    return replaced(maker.Maker, "_absent", dropped)
 
 
 def other_version_in_a_replay():
@@ -325,7 +326,7 @@ def settings_of_whoever_makes_it():
         def __enter__(self) -> None: ...
         def __exit__(self, *error: Any) -> None: ...
 
-    return replaced(pipeline.Pipeline, "_settings", Now)
+    return replaced(maker.Maker, "_settings", Now)
 
 
 def state_of_its_own():
@@ -416,8 +417,8 @@ def test_refused(tmp_path):
     recorded(tmp_path, 1)
     other = Stale(bound=1, replay=str(tmp_path / "schedule 1 0"))
     refused(SettingsError, ["'bound': 2", "'bound': 1"], lambda run: made(run, agree=other))
-    with pytest.raises(SettingsError, match="one host"):
-        agree.bind(None, SimpleNamespace(shares_memory=False, worker=Worker()), None, None)
+    with pytest.raises(SettingsError, match="cuda:0.*on CPUs"):
+        agree.bind(None, SimpleNamespace(worker=Worker(device="cuda:0")), None, None)
 
 
 def test_other_recipe_than_the_checkpoints(tmp_path):

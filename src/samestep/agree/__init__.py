@@ -6,6 +6,6 @@ local         every replica steps by itself; all agree every so many steps
 federated     rounds over clients, each of which trains on data of its own
 
 agreement     what they have in common            meeting, reduction, leaves    what synchronous steps are made of
-allowance, nonfinite   what may be left out       board, pipeline, versions, schedule    stale ones
-apart, own, round, outer, coding   local steps    guest, pooling                federated ones
+allowance, nonfinite   what may be left out       apart, own, round, outer, coding   local steps
+guest, pooling   federated rounds                 pipeline, versions, shelf, schedule, maker, board, courier   stale
 """

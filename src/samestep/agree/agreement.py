@@ -64,11 +64,13 @@ class Playing(ABC):
         sums_gradients: whether there is one update, from the sum of all replicas' gradients.
         claims: whether workers claim the shards of a pass one by one, as they come free, instead of playing fixed runs
             of replicas; and come to the end of a pass without meeting.
+        overlaps: whether a step may begin before the update of the one before is made.
     """
 
     can_move = True
     sums_gradients = True
     claims = False
+    overlaps = False
 
     def __init__(
         self,

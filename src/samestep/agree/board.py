@@ -135,6 +135,9 @@ class Board:
 
         self._group.wait_until(is_over)
 
+    def rest(self) -> None:
+        """Return once nobody is at work on updates, where all are made that were asked for: at once."""
+
     def _write(self, number: int, column: int, message: bytes) -> None:
         if len(message) > _WORD_BYTES - 8:
             raise UsageError(

@@ -1,11 +1,11 @@
-"""Updates under way, as one worker sees them: told, made by whoever is there, heard of later.
+"""Updates under way, as one worker sees them: told, made later (`maker`), heard of then.
 
     arrive     tell this worker's part of an update
-    advance    make the updates that all have told of, in order: one worker each, as Synchronous makes them alone
+    advance    make the updates that all have told of, in order, where that is for the script's own thread to do
     collect    take what became of an update, the same on every worker
 
-A worker makes an update with what the script has set when it came to it: its own call's arguments, its own optimizer's
-settings then. So the script must do the same on every worker, as ever; parts tell, and `collect` compares.
+An update is made with what one worker, or each, has set. So the script must do the same on every worker, as ever; parts
+tell, and `collect` compares.
 """
 
 from __future__ import annotations
@@ -13,25 +13,16 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
-
-import torch
 
 from samestep.agree.agreement import Live
 from samestep.agree.board import Board
-from samestep.agree.meeting import Meeting, Outcome, Part, Request, problem_of, terms_of, unit_of
-from samestep.agree.reduction import Reduction
+from samestep.agree.courier import Courier
+from samestep.agree.maker import Asked, Maker
+from samestep.agree.meeting import Meeting, Outcome, Part, Request, terms_of
 from samestep.agree.schedule import Schedule
-from samestep.agree.versions import Versions
-from samestep.core.anyone_update import AnyoneUpdate
-from samestep.core.calls import Calls
-from samestep.core.fold import Absent
-from samestep.core.group import Solo
-from samestep.core.worker import Worker
-from samestep.errors import SamestepError
 
 _MEETING = "step.update"
 
@@ -44,7 +35,7 @@ class Shards:
         bad: [replica, first parameter, last parameter, number of parameters] of what is not finite.
         huge: whether sums may overflow.
         lags: (replica, updates that its weights lacked).
-        missing: (replica, parameters it did not use, as the bits of a hexadecimal number).
+        missing: (number of a sum that it has folded, parameters which that lacks, as bits: `Shelf.missing`).
     """
 
     bad: Sequence[Sequence[int]]
@@ -57,14 +48,6 @@ class Shards:
         return [self.bad, self.huge, self.lags, self.missing]
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """A call of `step.update`: its arguments, and the settings of each of the optimizer's groups then."""
-
-    request: Request
-    settings: Sequence[Mapping[str, Any]]
-
-
 class Pipeline:
     """The updates that one worker has asked for.
 
@@ -73,16 +56,14 @@ class Pipeline:
         is_idle: whether none is under way.
     """
 
-    def __init__(self, live: Live, board: Board, versions: Versions, schedule: Schedule):
+    def __init__(self, live: Live, board: Board | Courier, maker: Maker, schedule: Schedule):
         """Begin with none."""
         self._live = live
         self._board = board
-        self._versions = versions
+        self._maker = maker
         self._schedule = schedule
         self._trained = live.model.trained[0]
-        solo = Solo(Worker(device=live.group.worker.device))
-        self._alone = Reduction(solo, Calls(solo, live.clock), live.clock)
-        self._asked: dict[int, _Asked] = {}
+        self._asked: dict[int, Asked] = {}
         self._heard: deque[tuple[Outcome, str]] = deque()
         self.number = 0
         self._num_heard = 0
@@ -95,11 +76,7 @@ class Pipeline:
     def arrive(self, request: Request, part: Part, shards: Shards) -> None:
         """Ask for an update, and tell this worker's part of it."""
         live, optimizer = self._live, self._trained.optimizer
-        settings = [
-            {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in group.items() if k != "params"}
-            for group in optimizer.param_groups
-        ]
-        self._asked[self.number] = _Asked(request, settings)
+        self._asked[self.number] = Asked.of(request, optimizer)
         call = live.calls.begin(_MEETING, request.where)
         terms = terms_of(request, optimizer, live.tolerance, live.allowance, live.group.worker.size == 1)
         told = [call, Meeting.told(part, terms, shards.to_values())]
@@ -119,7 +96,7 @@ class Pipeline:
         """Make the updates that can be made now."""
         while (number := self._board.committed) < self.number and self._board.take(number):
             before = self._live.clock.to("update")
-            self._make(number)
+            self.make(number)
             self._live.clock.to(before)
 
     def collect(self, until: int) -> None:
@@ -131,10 +108,13 @@ class Pipeline:
         live = self._live
         while self._num_heard < until:
             number = self._num_heard
-            met, calls = self._met(number)
+            met, calls = self._met(number, self._asked[number].request)
             live.calls.end(calls)
             met.check(self._trained.optimizer, live.tolerance, live.allowance)
             skipped, norm, words, advice = json.loads(self._board.verdict(number))
+            problem = self._maker.problem(self._asked[number].request, met)
+            if problem is not None:
+                words, advice = problem.words, problem.advice
             self._heard.append((met.outcome(norm, skipped, words), advice))
             lags = {replica: lag for _, _, told, _ in met.own for replica, lag in told}
             self._schedule.add([lags[replica] for replica in sorted(lags)])
@@ -161,6 +141,7 @@ class Pipeline:
         """Have everything made that was asked for. Collective."""
         self.await_commit(self.number - 1)
         self.collect(self.number)
+        self._board.rest()
 
     def late(self) -> list[Outcome]:
         """Return what became of all that was heard of and not given.
@@ -188,76 +169,16 @@ class Pipeline:
         self._heard = deque((Outcome(*outcome), advice) for outcome, advice in heard)
         self._asked.clear()
 
-    def _met(self, number: int) -> tuple[Meeting, list[Any]]:
+    def _met(self, number: int, request: Request) -> tuple[Meeting, list[Any]]:
         """Return what the workers told of an update, and their calls."""
         parts = [json.loads(part) for part in self._board.parts(number)]
-        return Meeting(self._asked[number].request, [(value, b"") for _, value in parts]), [call for call, _ in parts]
+        return Meeting(request, [(value, b"") for _, value in parts]), [call for call, _ in parts]
 
-    def _make(self, number: int) -> None:
-        """Make update `number`: this worker alone."""
-        met, _ = self._met(number)
-        # What does not fit together is an error on every worker, in `collect`.
-        verdict, samples = [True, None, "", ""], None
-        try:
-            met.check(self._trained.optimizer, self._live.tolerance, self._live.allowance)
-        except SamestepError:
-            pass
-        else:
-            verdict, samples = self._updated(number, met)
-        self._versions.keep(number + 1, self._versions.merged(number, samples))
+    def make(self, number: int) -> None:
+        """Make update `number`, which all have told of."""
+        asked = self._asked[number]
+        # Words that name samples are found in `collect`: what they look at belongs to the script's thread.
+        request = replace(asked.request, describe=str)
+        met, _ = self._met(number, request)
+        verdict = self._maker.make(number, replace(asked, request=request), met)
         self._board.commit(number, json.dumps(verdict).encode())
-
-    def _updated(self, number: int, met: Meeting) -> tuple[list[Any], dict[int, int] | None]:
-        """Update the newest weights; return the verdict, and the samples of each replica if they were changed."""
-        asked, trained = self._asked[number], self._trained
-        request, update = asked.request, trained.update
-        assert isinstance(update, AnyoneUpdate)
-        norm = None if request.clip_norm is None else math.nan
-        if met.is_empty:
-            return [True, norm, "", ""], None
-        problem = problem_of(request, trained, met.losses, [one for found, *_ in met.own for one in found])
-        if problem is not None:
-            return [True, norm, problem.words, problem.advice], None
-        absent = self._absent(met)
-        trained.sums = self._versions.fold(number)
-        factor = unit_of(request.num_samples) / met.total if met.counted else request.num_samples / met.total
-        with self._settings(asked):
-            reduced = self._alone.make(trained, request, absent, factor, any(huge for _, huge, *_ in met.own))
-            norm = None if request.clip_norm is None else reduced.norm
-            if reduced.problem is not None:
-                return [True, norm, reduced.problem.words, reduced.problem.advice], None
-            self._live.model.guard.open()
-            update.take_turn()
-            if reduced.ready is not None:
-                update.apply_ready(reduced.ready)
-            else:
-                update.apply(trained.sums, reduced.absent, reduced.factor)
-            num_replicas = self._live.model.division.num_replicas
-            unused = {parameter for parameter, leaves in absent.items() if len(leaves) == num_replicas}
-            update.end_turn([i for i in range(len(trained.weights.parameters)) if i not in unused])
-        return [False, norm, "", ""], met.samples
-
-    @contextmanager
-    def _settings(self, asked: _Asked) -> Iterator[None]:
-        """Let the optimizer have the settings that it had when the update was asked for."""
-        groups = self._trained.optimizer.param_groups
-        now = [dict(group) for group in groups]
-        for group, settings in zip(groups, asked.settings, strict=True):
-            group.update(settings)
-        try:
-            yield
-        finally:
-            for group, settings in zip(groups, now, strict=True):
-                group.update(settings)
-
-    def _absent(self, met: Meeting) -> Absent:
-        """Return, for parameters that some replicas did not use, those replicas."""
-        num_parameters = len(self._trained.weights.parameters)
-        missing = {replica: int(bits, 16) for *_, told in met.own for replica, bits in told}
-        absent: dict[int, tuple[int, ...]] = {}
-        for replica in range(self._live.model.division.num_replicas):
-            bits = missing.get(replica, (1 << num_parameters) - 1)
-            for parameter in range(num_parameters) if bits else ():
-                if bits >> parameter & 1:
-                    absent[parameter] = (*absent.get(parameter, ()), replica)
-        return absent

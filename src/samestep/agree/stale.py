@@ -1,13 +1,17 @@
 """Stale steps: workers go on without waiting for the slowest, on weights that lack its latest updates.
 
-    shard     claimed by whoever is free, played on the newest weights there are
+    shard     on one host: claimed by whoever is free, played on the newest weights there are
+              between hosts: played by whom it falls to, on the weights that the script sees
     update    told; the worker goes on once the update `bound` before it is made
+              on one host: made by one worker, alone
+              between hosts: sums go to the owners, and what these make of their weights to all, beside the next steps
 
 Every update is made of all replicas' gradients of its step, added along the tree, each exactly once, in the order of
 the steps: only the weights that a gradient was computed on may be up to `bound` updates old. This is stale synchronous
-parallel (Ho et al. 2013), with work shared out dynamically: a slow worker plays fewer shards. The result is a function
-of the recipe and of the schedule: for each shard, which version of the weights it was played on. `record` writes it
-down, and `replay` plays every shard on that very version again, on any number of workers, with the same bits.
+parallel (Ho et al. 2013); on one host with work shared out dynamically, so that a slow worker plays fewer shards. The
+result is a function of the recipe and of the schedule: for each shard, which version of the weights it was played on.
+`record` writes it down, and `replay` plays every shard on that very version again, on any number of workers, with the
+same bits. Between hosts the schedule is always the same.
 
 What the script sees between two steps is the same on every worker: the weights, losses and means of the update `bound`
 before, which all know to be made.
@@ -15,6 +19,7 @@ before, which all know to be made.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,11 +29,14 @@ import torch
 
 from samestep.agree.agreement import Agreement, Live
 from samestep.agree.board import Board
+from samestep.agree.courier import Courier
+from samestep.agree.maker import Maker, OwnersMaker
 from samestep.agree.meeting import Outcome, Part, Request, unit_of
 from samestep.agree.pipeline import Pipeline, Shards
 from samestep.agree.schedule import Schedule
+from samestep.agree.shelf import SentShelf, SharedShelf, Shelf
 from samestep.agree.versions import Versions
-from samestep.core.anyone_update import AnyoneUpdate
+from samestep.core.element_update import ElementUpdate
 from samestep.core.group import Group
 from samestep.core.model import Model, Options
 from samestep.core.worker import Wish
@@ -43,7 +51,8 @@ class Stale(Agreement):
     """Replicas agree at every step, on gradients of weights that may be some updates old.
 
     Args:
-        bound: how many updates the weights of a shard may lack. 0 is synchronous, to the bit.
+        bound: how many updates the weights of a shard may lack; between hosts, how many they do. 0 is synchronous, to
+            the bit.
         scale: "inverse" multiplies a shard's gradient by 1 / (1 + updates that its weights lacked) (Zhang et al. 2016).
         record: file to write the schedule to.
         replay: file with a schedule to go by; beyond its end shards are free.
@@ -63,18 +72,19 @@ class Stale(Agreement):
             raise SettingsError(f"You set Stale(record={self.record!r}, replay={self.replay!r}): use two files.")
 
     def prepare(self, options: Options) -> Options:
-        return replace(options, anyone=True)
+        return replace(options, beside=True)
 
     def bind(self, model, group, calls, clock, tolerance=None, allowance=None) -> LiveStale:
         self._check(model, group)
-        return LiveStale(self, model, group, calls, clock, tolerance, allowance)
+        made = OnOneHost if group.shares_memory else BetweenHosts
+        return made(self, model, group, calls, clock, tolerance, allowance)
 
     def _check(self, model: Model, group: Group) -> None:
         """Refuse what it cannot do."""
-        if not group.shares_memory or group.worker.device != "cpu":
+        if group.worker.device != "cpu":
             raise SettingsError(
-                f"You set agree={self!r}, and these workers do not share the memory of one host: Stale works on the "
-                f"CPUs of one host so far. Use Synchronous(), or Local(every=...) between hosts."
+                f"You set agree={self!r} and device={group.worker.device!r}: Stale works on CPUs so far. Use "
+                f"Synchronous(), or Local(every=...)."
             )
         if len(model.trained) > 1:
             raise UsageError(
@@ -82,18 +92,26 @@ class Stale(Agreement):
                 f"into groups of one optimizer, or use Synchronous()."
             )
         trained = model.trained[0]
-        if not isinstance(trained.update, AnyoneUpdate):
+        if not isinstance(trained.update, ElementUpdate):
             raise UsageError(
                 f"You set agree={self!r} with {type(trained.optimizer).__name__}, whose update of one element depends "
-                f"on others: under Stale any worker makes an update alone. Use SGD, AdamW, or another of torch's "
-                f"optimizers by element, or Synchronous()."
+                f"on others: under Stale updates are made while shards are played, away from the parameters. Use SGD, "
+                f"AdamW, or another of torch's optimizers by element, or Synchronous()."
             )
 
 
 class _UnderWay(Live):
-    """What Stale keeps from step to step, and how it comes to rest."""
+    """What Stale keeps from step to step, and how it comes to rest.
+
+    Attributes:
+        shelf, versions, board, pipeline: of the updates that are under way; see their classes.
+    """
 
     recipe: Stale
+    shelf: Shelf
+    versions: Versions
+    board: Board | Courier
+    pipeline: Pipeline
 
     def __init__(self, *bound: Any):
         super().__init__(*bound)
@@ -102,11 +120,13 @@ class _UnderWay(Live):
         self.schedule = Schedule(
             model.division.num_replicas, recipe.bound, recipe.record if is_first else None, recipe.replay
         )
-        self.versions = Versions(model, self.group, recipe.bound)
-        self.board = Board(self.group, model.division.num_replicas, recipe.bound)
-        self.pipeline = Pipeline(self, self.board, self.versions, self.schedule)
+        self._open()
         # Since the steps came to rest last, the script has known this version.
         self._rested = 0
+
+    @abstractmethod
+    def _open(self) -> None:
+        """Make room for updates under way. Collective."""
 
     @property
     def visible(self) -> int:
@@ -138,18 +158,11 @@ class _UnderWay(Live):
             self.show()
 
     def spread(self) -> None:
-        if self.group.worker.is_first:
+        if self.versions.writes:
             self.versions.keep_all(self.model.buffers)
         self.group.exchange(b"")
         self._rested = self.pipeline.number
         self._show_newest()
-
-    def reseat(self) -> None:
-        if not self.pipeline.is_idle:
-            self.group.lose("A worker is gone, and updates were under way.")
-        self.versions.open()
-        self.board.open(self.pipeline.number)
-        self.show()
 
     def state(self) -> tuple[dict[str, torch.Tensor], Any]:
         values = {"rested": self._rested, "lags": self.schedule.lags, "pipeline": self.pipeline.to_values()}
@@ -160,7 +173,7 @@ class _UnderWay(Live):
             self.group.exchange(b"")
             self.spread()
             return
-        if self.group.worker.is_first:
+        if self.versions.writes:
             self.versions.memory.copy_(tensors["versions"])
         self.take_over(values)
         self.board.reset(self.pipeline.number)
@@ -182,15 +195,14 @@ class _UnderWay(Live):
 class LiveStale(_UnderWay):
     """One worker's side of stale steps."""
 
-    claims = True
     can_move = False
     sums_gradients = False
+    overlaps = True
 
     def __init__(self, *bound: Any):
         super().__init__(*bound)
         self._lags: dict[int, int] = {}
         self._lag = 0
-        self._missing: list[tuple[int, str]] = []
 
     def begin_pass(self) -> None:
         self.model.guard.check_traces()
@@ -205,33 +217,31 @@ class LiveStale(_UnderWay):
         self.show()
         self.model.trained[0].gradients.begin_pass()
         self._lags.clear()
-        self._missing.clear()
 
-    def claim(self) -> int | None:
-        return self.board.claim(self.pipeline.number)
+    @property
+    @abstractmethod
+    def _free(self) -> int:
+        """The version that a shard is played on where no schedule says so."""
 
     def begin_shard(self, index: int, replica: int) -> None:
         number = self.pipeline.number
         lag = self.schedule.lag(number, replica)
         if lag is None:
-            version = self.board.newest
+            version = self._free
         else:
             version = number - lag
             self.pipeline.await_commit(version - 1)
         self._lag = self._lags[replica] = number - version
         assert 0 <= self._lag <= self.recipe.bound, "a shard is played on weights that are too old"
         self.versions.enter(version)
-        self.model.trained[0].gradients.begin_shard(self.versions.leaf(number, replica))
+        self.model.trained[0].gradients.begin_shard(self.shelf.leaf(number, replica))
 
     def leave_shard(self) -> None:
         self.versions.point(self.visible)
 
     def end_shard(self, replica: int) -> None:
-        gradients, number = self.model.trained[0].gradients, self.pipeline.number
-        gradients.end_shard()
-        self.versions.publish(number, replica)
-        bits = sum(1 << parameter for parameter in gradients.missing(self.versions.leaf(number, replica)))
-        self._missing.append((replica, f"{bits:x}"))
+        self.model.trained[0].gradients.end_shard()
+        self.versions.publish(self.pipeline.number, replica)
         self.show()
 
     def share(self, weight: float, size: int, counted: bool) -> float:
@@ -253,9 +263,9 @@ class LiveStale(_UnderWay):
             )
         trained.reload_if_stale()
         self.model.guard.check_traces()
-        gradients, num_replicas = trained.gradients, self.model.division.num_replicas
-        bad = [[leaf % num_replicas, *which] for leaf, *which in gradients.not_finite()]
-        shards = Shards(bad, gradients.finite.huge, list(self._lags.items()), self._missing)
+        bad = [[self.shelf.replica(leaf), *which] for leaf, *which in trained.gradients.not_finite()]
+        missing = self.shelf.missing(number, self._lags)
+        shards = Shards(bad, trained.gradients.finite.huge, list(self._lags.items()), missing)
         self.pipeline.arrive(request, part, shards)
         due = number - self.recipe.bound
         self.pipeline.await_commit(due)
@@ -268,4 +278,59 @@ class LiveStale(_UnderWay):
             "agreement": repr(self.recipe),
             "staleness": self.schedule.histogram(),
             "stale_bytes": self.versions.num_bytes,
+            "fixed_schedule": not self.claims and self.recipe.replay is None,
         }
+
+
+class OnOneHost(LiveStale):
+    """Where workers share memory: they claim shards as they come free, and any of them makes an update."""
+
+    claims = True
+    board: Board
+
+    def _open(self) -> None:
+        model, group, bound = self.model, self.group, self.recipe.bound
+        self.shelf = SharedShelf(model, group, bound)
+        self.versions = Versions(model, group, group, bound, self.shelf)
+        self.board = Board(group, model.division.num_replicas, bound)
+        self.pipeline = Pipeline(self, self.board, Maker(self, self.versions, self.shelf), self.schedule)
+
+    @property
+    def _free(self) -> int:
+        return self.board.newest
+
+    def claim(self) -> int | None:
+        return self.board.claim(self.pipeline.number)
+
+    def reseat(self) -> None:
+        if not self.pipeline.is_idle:
+            self.group.lose("A worker is gone, and updates were under way.")
+        self.versions.open()
+        self.board.open(self.pipeline.number)
+        self.show()
+
+
+class BetweenHosts(LiveStale):
+    """Where they do not: each plays its own replicas, and owns a part of the weights, which it updates and serves."""
+
+    def _open(self) -> None:
+        model, bound = self.model, self.recipe.bound
+        self.board = courier = Courier(self.group, bound)
+        self.shelf = SentShelf(model, courier.group, bound)
+        self.versions = Versions(model, self.group, courier.group, bound, self.shelf)
+        maker = OwnersMaker(self, self.versions, self.shelf, courier.group)
+        self.pipeline = Pipeline(self, courier, maker, self.schedule)
+        courier.serve(self.pipeline.make)
+
+    @property
+    def _free(self) -> int:
+        return self.visible
+
+    def update(self, request: Request, part: Part) -> Outcome:
+        if request.transform is not None and self.recipe.bound:
+            raise UsageError(
+                f"You gave step.update a transform at {request.where} under agree={self.recipe!r} between hosts, where "
+                f"it would be called while shards are played, and may draw the random numbers that are theirs. Leave "
+                f"it out, or use Synchronous()."
+            )
+        return super().update(request, part)

@@ -1,40 +1,24 @@
-"""The newest versions of weights and buffers, and the gradients of shards that are under way, in shared memory.
+"""The newest versions of weights and buffers, and the buffers of shards that are under way.
 
 Version v is what v updates have made. A shard of update n is played on a version from n - bound to n; it lies there,
-unchanged, until update v + bound is committed, which needs that shard. So shards are played on the very memory that all
-workers see: no copy is made for them, and nobody writes where somebody reads. A gradient has its place until its update
-is committed.
+unchanged, until update v + bound is committed, which needs that shard. So shards are played on the very memory that
+updates write to: no copy is made for them, and nobody writes where somebody reads.
 
     versions     bound + 1 copies of weights and buffers          version modulo bound + 1
-    gradients    (bound + 1) * replicas gradient buffers          likewise
+
+They lie in memory that all workers share, or, between hosts, in that of each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-from samestep.core import tree
+from samestep.agree.shelf import Shelf
 from samestep.core.buffers import Buffers
-from samestep.core.fold import Fold
-from samestep.core.gradients import Gradients
-from samestep.core.group import GradientArea, Group, align
+from samestep.core.group import Group, align
 from samestep.core.memory import check_fits
 from samestep.core.model import Model
-from samestep.core.tree import Leaf, Script
 from samestep.core.weights import placed
-
-
-class _Places(GradientArea):
-    """Gradient buffers that everybody sees: all as nodes, or those of one update."""
-
-    def __init__(self, mine: Sequence[torch.Tensor]):
-        self.mine = list(mine)
-        self.nodes = [[buffer] for buffer in self.mine]
-
-    def collect(self) -> None:
-        pass
 
 
 class Versions:
@@ -42,28 +26,39 @@ class Versions:
 
     Attributes:
         memory: all versions, uint8.
-        num_bytes: what all of it takes, of all workers together.
+        num_bytes: what all of it takes with the gradients, of all workers together where they share memory, else of
+            this one.
+        writes: whether this worker writes what is to be the same for all: the first, or each where memory is its own.
     """
 
-    def __init__(self, model: Model, group: Group, bound: int):
+    def __init__(self, model: Model, group: Group, beside: Group, bound: int, shelf: Shelf):
         """Make room, and let every version be the weights and buffers as they are. Collective.
+
+        Args:
+            model: what is trained, by one optimizer.
+            group: the workers.
+            beside: by which those who make updates reach each other; `group` where memory is shared.
+            bound: how many updates may be under way.
+            shelf: where their gradients are.
 
         Raises:
             SettingsError: there is too little memory.
         """
         self._model = model
         self._group = group
+        self._beside = beside
+        self._shelf = shelf
         self._trained = model.trained[0]
         self._num_kept = bound + 1
-        self._many = self._trained.gradients.is_many
         layout, self._buffer_bytes = self._trained.weights.layout, align(model.buffers.num_bytes)
         self._stride = layout.num_bytes + self._buffer_bytes
-        self._num_leaves = self._num_kept * model.division.num_replicas
-        self.num_bytes = self._num_kept * self._stride + self._num_leaves * (layout.sum_bytes + self._buffer_bytes)
-        if group.worker.is_first:
+        self._num_ends = self._num_kept * model.division.num_replicas
+        self.num_bytes = self._num_kept * self._stride + self._num_ends * self._buffer_bytes + shelf.num_bytes
+        self.writes = group.worker.is_first or not group.shares_memory
+        if self.writes:
             check_fits(self.num_bytes, f"Stale(bound={bound}) with {model.division.num_replicas} replicas")
         self.open()
-        if group.worker.is_first:
+        if self.writes:
             self.keep_all(model.buffers)
         group.exchange(b"")
 
@@ -78,25 +73,10 @@ class Versions:
             for start in starts
         ]
         self._buffers = [self.memory[s + layout.num_bytes :][: self._model.buffers.num_bytes] for s in starts]
-        shelf = self._group.allocate(self._num_leaves * layout.sum_bytes, "stale gradients")
-        sums = [shelf[i * layout.sum_bytes :][: layout.sum_bytes] for i in range(self._num_leaves)]
-        ends = self._group.allocate(self._num_leaves * buffer_bytes, "stale buffers") if buffer_bytes else shelf
-        self._ends = [ends[i * buffer_bytes :][: self._model.buffers.num_bytes] for i in range(self._num_leaves)]
-        trained.gradients.close()
-        leaves = tuple(Leaf(i, ()) for i in range(self._num_leaves))
-        script = Script(leaves, (), tuple(range(self._num_leaves)), self._num_leaves)
-        trained.gradients = Gradients(weights, script, _Places(sums), self._many)
+        if buffer_bytes:
+            self._met = self._group.allocate(self._num_ends * buffer_bytes, "stale buffers")
+        self._shelf.open()
         trained.area_bytes = self.num_bytes
-        num_replicas = self._model.division.num_replicas
-        order = tree.fold_order([range(r, r + 1) for r in range(num_replicas)], num_replicas)
-        self._folds = []
-        for number in range(self._num_kept):
-            mine = _Places(sums[number * num_replicas : (number + 1) * num_replicas])
-            self._folds.append(Fold(weights, self._group.worker.rank, mine, order))
-
-    def leaf(self, number: int, replica: int) -> int:
-        """Return where the gradient of a replica in update `number` is kept."""
-        return number % self._num_kept * self._model.division.num_replicas + replica
 
     def enter(self, version: int) -> None:
         """Let the user's parameters and buffers be those of a version."""
@@ -125,7 +105,7 @@ class Versions:
     def publish(self, number: int, replica: int) -> None:
         """Keep the buffers as a replica's shard in update `number` has left them."""
         if self._buffer_bytes:
-            self._ends[self.leaf(number, replica)].copy_(self._model.buffers.now)
+            self._end(number, replica).copy_(self._model.buffers.now)
 
     def keep(self, version: int, buffers: torch.Tensor | None) -> None:
         """Keep the newest weights, and these buffers, as a version."""
@@ -140,12 +120,8 @@ class Versions:
         for version in range(self._num_kept):
             self.keep(version, buffers.now if self._buffer_bytes else None)
 
-    def fold(self, number: int) -> Fold:
-        """Return the sum of the gradients of update `number`."""
-        return self._folds[number % self._num_kept]
-
     def merged(self, number: int, samples: dict[int, int] | None) -> torch.Tensor | None:
-        """Return the buffers after update `number`; None if there are none at all.
+        """Return the buffers after update `number`; None if there are none at all. Collective between hosts.
 
         Args:
             number: the update.
@@ -156,8 +132,21 @@ class Versions:
         before = self._buffers[number % self._num_kept]
         if not samples:
             return before
+        self._gather(number)
         total = sum(samples.values())
-        ends = [self._ends[self.leaf(number, replica)] for replica in sorted(samples)]
+        ends = [self._end(number, replica) for replica in sorted(samples)]
         merged = torch.empty_like(before)
         self._model.buffers.join(ends, [samples[r] / total for r in sorted(samples)], merged)
         return merged
+
+    def _gather(self, number: int) -> None:
+        """Let this worker see the buffers that the replicas' shards in update `number` have left. Collective."""
+        num_bytes, division = self._buffer_bytes, self._model.division
+        first = number % self._num_kept * division.num_replicas
+        runs = [range(run.start * num_bytes, run.stop * num_bytes) for run in division.runs]
+        self._beside.share(self._met[first * num_bytes :], runs)
+
+    def _end(self, number: int, replica: int) -> torch.Tensor:
+        """Return where the buffers are kept as a replica's shard in update `number` has left them."""
+        index = number % self._num_kept * self._model.division.num_replicas + replica
+        return self._met[index * self._buffer_bytes :][: self._model.buffers.num_bytes]

@@ -222,6 +222,9 @@ class _Wrapper(Group):
         others = sum(len(run) for w, run in enumerate(runs) if w != self.worker.rank)
         self.after("share", 0 if self.shares_memory else others)
 
+    def beside(self, at_close: Callable[[], None]) -> Group:
+        return self.inner.beside(at_close)
+
     def protect(self, memory: torch.Tensor, read_only: bool) -> None:
         self.inner.protect(memory, read_only)
 

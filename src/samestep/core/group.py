@@ -8,6 +8,7 @@ the arena (one host, shared memory), `torch.distributed` (many hosts, GPUs), and
     allocate        memory for weights and optimizer state; one memory for all workers where they share it
     gradient_area   where each worker folds its gradients and each owner reads the folded nodes of its units
     share           after owners wrote their runs of a memory, every worker sees all of it
+    beside          where workers send to each other: all of it once more, for one more thread of each
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import NoReturn
 import torch
 
 from samestep.core.worker import Worker
-from samestep.errors import PeerError
+from samestep.errors import PeerError, UsageError
 
 ALIGNMENT = 64
 """Bytes. Every parameter, state block, gradient area and input tensor starts on a multiple of it."""
@@ -128,6 +129,19 @@ class Group(ABC):
     @abstractmethod
     def share(self, memory: torch.Tensor, runs: Sequence[range]) -> None:
         """Make the owners' runs of `memory` (bytes, disjoint) visible to every worker. Not a barrier."""
+
+    def beside(self, at_close: Callable[[], None]) -> Group:
+        """Return another group of the same workers, for one more thread of each. Collective.
+
+        Calls of one cannot mix with calls of the other. It is closed with this one.
+
+        Args:
+            at_close: called when it has been closed, to see the thread end.
+
+        Raises:
+            UsageError: these workers share memory, where nothing needs to be sent beside.
+        """
+        raise UsageError("Workers that share memory have one group.")
 
     def protect(self, memory: torch.Tensor, read_only: bool) -> None:  # noqa: B027
         """Make `memory`, as allocated, read-only for this worker, or writable again.

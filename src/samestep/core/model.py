@@ -24,7 +24,7 @@ from samestep.core.guard import Guard
 from samestep.core.integrity import Integrity
 from samestep.core.layout import GRANULE, PIECE, Layout, lay_out
 from samestep.core.memory import check_fits, give_back
-from samestep.core.optimizers import Kind, kind_of, settings_of
+from samestep.core.optimizers import Kind, apart_copy, kind_of, settings_of
 from samestep.core.per_replica import PerReplica
 from samestep.core.places import Slot
 from samestep.core.update import Update
@@ -51,7 +51,8 @@ class Options:
         outer: makes, of parameters, the optimizer that updates the weights instead of the user's.
         apart: replicas keep buffers of their own from step to step.
         all_update: where memory is not shared, every worker updates all weights, from all replicas' gradients.
-        anyone: every worker owns everything, so that any of them can make an update, alone.
+        beside: updates are made beside the steps that follow. Where memory is shared every worker owns everything, so
+            that any of them can make an update, alone; elsewhere owners make them, with settings that are their own.
     """
 
     num_replicas: int
@@ -64,7 +65,7 @@ class Options:
     outer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer] | None = None
     apart: bool = False
     all_update: bool = False
-    anyone: bool = False
+    beside: bool = False
 
 
 class Trained:
@@ -96,12 +97,15 @@ class Trained:
         self._number = number
         self._group = group
         self._options = options
+        self._anyone = options.beside and group.shares_memory
         parameters = list(dict.fromkeys(p for g in optimizer.param_groups for p in g["params"]))
         self._kind = kind_of(optimizer)
         self.applied = optimizer
         if options.outer is not None:
             self.applied = options.outer(parameters)
             self._kind = kind_of(self.applied)
+        elif options.beside and not group.shares_memory:
+            self.applied = apart_copy(optimizer)
         self._shapes = [shape_of(p, divisible=self._kind is Kind.ELEMENT) for p in parameters]
         parameter_names = [names[id(p)] for p in parameters]
         self.weights = Weights(group, parameter_names, parameters, self._layout(), f"weights {number}")
@@ -109,7 +113,7 @@ class Trained:
         self._meet(Division.even(group.worker.size, options.num_replicas))
         made: type[ElementUpdate | WholeUpdate] = WholeUpdate
         if self._kind is Kind.ELEMENT:
-            made = AnyoneUpdate if options.anyone else ElementUpdate
+            made = AnyoneUpdate if self._anyone else ElementUpdate
         self.update: Update = made(self.applied, self.weights, group, f"state {number}")
         self.stale = False
         self._held = [id(p) for group in optimizer.param_groups for p in group["params"]]
@@ -144,7 +148,7 @@ class Trained:
         size = self._group.worker.size
         owners = 1 if self._kind is Kind.WHOLE else size
         granule = GRANULE if self._options.threads == 1 else PIECE
-        if self._options.anyone:
+        if self._anyone:
             one = lay_out(self._shapes, 1, granule=granule)
             return replace(one, chunks=one.chunks * size, runs=one.runs * size, sum_runs=one.sum_runs * size)
         return _for_all(lay_out(self._shapes, owners, granule=granule), size)

@@ -156,3 +156,11 @@ def bare_copy(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     twin._optimizer_step_post_hooks = type(optimizer._optimizer_step_post_hooks)()
     twin.state = defaultdict(dict)
     return twin
+
+
+def apart_copy(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return an optimizer of the same state, whose settings stay when those of `optimizer` are changed."""
+    twin = bare_copy(optimizer)
+    twin.state = optimizer.state
+    twin.param_groups = [dict(group) for group in optimizer.param_groups]
+    return twin

@@ -67,6 +67,7 @@ class ProcessGroup(Group):
         make_current(worker.device)
         self.worker = worker
         self._staged = staged
+        self._beside: list[tuple[ProcessGroup, Callable[[], None]]] = []
         self._owns_default = False
         self._is_closed = False
         # Groups of our own: calls of the user's code on the default group cannot mix with ours.
@@ -225,10 +226,18 @@ class ProcessGroup(Group):
             for (tensor, _), (room, _) in zip(receives, rooms, strict=True):
                 tensor.copy_(room)
 
+    def beside(self, at_close: Callable[[], None]) -> ProcessGroup:
+        seconds = None if self._timeout is None else self._timeout.total_seconds()
+        group = ProcessGroup(self.worker, timeout_seconds=seconds, staged=self._staged)
+        self._beside.append((group, at_close))
+        return group
+
     def close(self) -> None:
         if self._is_closed:
             return
         self._is_closed = True
+        for group, _ in self._beside:
+            group.close()
         if self._owns_default:
             dist.destroy_process_group()
         else:
@@ -236,6 +245,8 @@ class ProcessGroup(Group):
                 dist.destroy_process_group(group)
         # torch's groups keep their threads and sockets for as long as anybody refers to them.
         del self._control, self._bulk, self._mail
+        for _, at_close in self._beside:
+            at_close()
 
     def _warm_up(self) -> None:
         """Connect everybody with everybody now, so that a worker that cannot be reached is found at the start."""

@@ -234,7 +234,7 @@ class Run:
         """
         self._stepping.check_outside_shard("run.per_replica")
         model, session = self.model, self._session
-        if session.agreed.claims:
+        if session.agreed.overlaps:
             raise UsageError(f"run.per_replica was called under {session.agreed.recipe!r}, where steps overlap.")
         seeds = self.recipe.seed, session.num_reseeds
         model.states.append(PerReplica(make, seeds, len(model.states), model.division, session.group))

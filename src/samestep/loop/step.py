@@ -407,7 +407,7 @@ def _check_bad_again(step: Step, shards: Sequence[Shard | None]) -> None:
     Raises:
         DataError: one is not.
     """
-    if not step.pass_ or step._driver.session.agreed.claims:
+    if not step.pass_ or step._driver.session.agreed.overlaps:
         return
     for shard in filter(None, shards):
         now, known = {sample for sample, _ in shard.bad}, set(step.bad_samples)

@@ -208,7 +208,7 @@ def _agreement_in_words(facts: dict[str, Any]) -> str:
 
 def _digest_in_words(facts: dict[str, Any]) -> str:
     digest = facts.get("weights_digest")
-    if digest and any(map(int, facts.get("staleness") or ())):
+    if digest and any(map(int, facts.get("staleness") or ())) and not facts.get("fixed_schedule"):
         return f"{digest} (the same for any number of workers that replay this schedule)"
     return f"{digest} (the same for any number of workers)" if digest and _keeps_promise(facts) else digest or ""
 
@@ -219,7 +219,7 @@ def _staleness_in_words(facts: dict[str, Any]) -> str:
         return ""
     total = sum(counts.values())
     shares = ", ".join(f"{lag}: {count / total:.0%}" for lag, count in counts.items())
-    taken = bytes_in_words(facts["stale_bytes"])
+    taken = bytes_in_words(facts["stale_bytes"]) + (" per worker" if facts.get("fixed_schedule") else "")
     return f"updates that a shard's weights lacked: {shares} of the shards; {taken} for updates under way"
 
 
