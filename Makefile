@@ -12,7 +12,7 @@ run: .venv/ready
 	$(BIN)/samestep run examples/digits.py
 
 test: .venv/ready
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/compare.py
