@@ -26,8 +26,8 @@ from small_fleet import Outcome, SmallFleet
 
 MOST_STEPS = 400
 PLACES = ("shard", "after", "mean", "move")
-IN_ROUNDS = ("anchor", "go_on", "begin", "commit")
-"""Further places: just before a worker writes what its replicas go on from, in a round that is made."""
+WRITING = ("anchor", "go_on", "begin", "residual", "memory")
+"""Further places: just before a worker writes what its replicas go on from, in an update or round that is made."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Case:
 
     Attributes:
         workers: how many.
-        deaths: (slot, step, place): in a shard, after the update, in an evaluation, while replicas move, in a round.
+        deaths: (slot, step, place): in a shard, after the update, in an evaluation, while replicas move, `WRITING`.
         returns: workers to wait for before the run may end.
         optimizer: what is trained with.
         loaders: processes that read ahead.
@@ -83,8 +83,10 @@ CASES = (
     Case(3, ((1, 4, "shard"),), 1, way="Synchronous"),
     Case(2, ((1, 3, "anchor"),), way="Local", is_lost=True),
     Case(2, ((1, 4, "go_on"),), way="Local", is_lost=True),
-    Case(2, ((1, 4, "commit"),), way="Local", is_lost=True),
+    Case(2, ((1, 4, "residual"),), way="Local", is_lost=True),
     Case(2, ((1, 5, "begin"),), way="Local", is_lost=True),
+    Case(2, ((1, 4, "residual"),), way="Synchronous", is_lost=True),
+    Case(2, ((1, 4, "memory"),), is_lost=True),
 )
 """What the suite plays. "Odd" is an optimizer that samestep does not know, and that looks at all tensors at once."""
 
@@ -147,6 +149,7 @@ def trained(case: Case, board: Board, run: Any) -> dict[str, Any]:
 
         run._session.crew.balance = Restless()
     run.replicate(model, optimizer, scheduler, average, audit=case.audit, agree=way_of(case.way))
+    memory = run.per_replica(lambda replica: {"seen": torch.zeros(1)})
     losses, noise, number = [], 0.0, 0
 
     def die(place: str) -> None:
@@ -165,16 +168,18 @@ def trained(case: Case, board: Board, run: Any) -> dict[str, Any]:
         divide(division)
 
     run._session.model.divide = move
-    for place in IN_ROUNDS:
-        strike_in_rounds(place, die)
+    for place in WRITING:
+        strike_writing(place, die)
     for _ in range(3):
         for step in run.steps((x, y), 20, epochs=1, loaders=case.loaders):
             number = step.number
             for a, b in step:
                 die("shard")
+                memory["seen"] = memory["seen"] + a.mean()
+                step.mean(seen=memory["seen"])
                 step.backward(F.cross_entropy(model(a), b))
             step.update(clip_norm=1.0)
-            losses.append(step.loss)
+            losses.append([step.loss, step.means["seen"]])
             noise += float(torch.rand(()))
             with torch.no_grad():
                 for mine, theirs in zip(average.parameters(), model[4].parameters(), strict=True):
@@ -187,19 +192,21 @@ def trained(case: Case, board: Board, run: Any) -> dict[str, Any]:
     return {"losses": losses, "noise": noise, "average": mean, "rate": optimizer.param_groups[0]["lr"]}
 
 
-def strike_in_rounds(place: str, die: Callable[[str], None]) -> None:
-    """Let a worker die at one of `IN_ROUNDS`, if it is to."""
+def strike_writing(place: str, die: Callable[[str], None]) -> None:
+    """Let a worker die at one of `WRITING`, if it is to."""
     from samestep.agree.coding import Coding
     from samestep.agree.own import Own
+    from samestep.core.per_replica import PerReplica
 
-    owner = Coding if place == "commit" else Own
-    act = getattr(owner, place)
+    owner = {"residual": Coding, "memory": PerReplica}.get(place, Own)
+    name = place if owner is Own else "commit"
+    act = getattr(owner, name)
 
     def struck(self: Any, *given: Any) -> None:
         die(place)
         act(self, *given)
 
-    setattr(owner, place, struck)
+    setattr(owner, name, struck)
 
 
 def wait(case: Case, board: Board, run: Any) -> None:
