@@ -249,6 +249,25 @@ def interrupted_alone(folder: Path) -> list[str]:
     return [loaded, left, whole, whole, whole, whole]
 
 
+def test_steps_that_are_left_early_end_with_a_round_too():
+    """What replicas have done by themselves is in the weights, however the steps end."""
+    for way in (WAY, samestep.Local(every=4)):
+
+        def main(run, way=way, steps=5, last=2):
+            model = nn.Linear(6, 1)
+            run.replicate(model, torch.optim.SGD(model.parameters(), lr=0.1), agree=way)
+            for _ in range(2):
+                for step in run.steps(torch.ones(40, 6), batch_size=8, steps=steps, shuffle=False):
+                    for x in step:
+                        step.backward(model(x).square().mean())
+                    step.update()
+                    if step.number % 3 == last:
+                        break
+
+        left, ended = play(main, 4, 2), play(lambda run, main=main: main(run, steps=3, last=None), 4, 2)
+        assert left.weights == ended.weights
+
+
 # ------------------------------------------------------------------------------------------------------------- words
 
 
