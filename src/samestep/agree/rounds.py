@@ -125,12 +125,13 @@ class Rounds:
             send(self._live, self._apart, self._coding, round_)
 
     def drop(self) -> None:
-        """Give up what is under way. Collective."""
+        """Give up what is under way, and what replicas have done since. Collective."""
         for round_ in self.under_way:
             if round_.sent is not None:
                 # Else it would be taken for what is sent next.
                 round_.sent()
         self.under_way.clear()
+        self.since = [{} for _ in self.since]
         self._coding.drop()
 
     def _begin(self, fragments: Sequence[int], is_late: bool) -> list[Round]:
