@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,19 @@ def test_between_hosts_a_round_under_way_is_kept_and_sent_anew(fleet, tmp_path):
     alone = interrupted_alone(tmp_path / "alone")
     for words in fleet.play(interrupted, "gloo", 2, folder=str(tmp_path / "hosts")):
         assert words == alone
+
+
+def dies_before_the_first_round(group) -> None:
+    def after(run, step, model):
+        if step.number == 2 and run.worker.rank == 1:
+            Rounds._begin = lambda self, fragments, is_late: os._exit(7) if fragments else []
+
+    play_one(group, script(samestep.Local(every=4, delay=2), after=after), 4)
+
+
+def test_a_death_before_the_first_round_is_not_waited_for(fleet):
+    first, last = fleet.outcomes(dies_before_the_first_round, "gloo", 2, limit_seconds=30)
+    assert first.get("raised", [])[:1] == ["PeerError"] and last == {"exit": 7, "left": []}, first
 
 
 def interrupted_alone(folder: Path) -> list[str]:
