@@ -149,7 +149,8 @@ def trained(case: Case, board: Board, run: Any) -> dict[str, Any]:
 
         run._session.crew.balance = Restless()
     run.replicate(model, optimizer, scheduler, average, audit=case.audit, agree=way_of(case.way))
-    memory = run.per_replica(lambda replica: {"seen": torch.zeros(1)})
+    # Its own meeting after each update would hide that others are missing.
+    memory = None if case.way else run.per_replica(lambda replica: {"seen": torch.zeros(1)})
     losses, noise, number = [], 0.0, 0
 
     def die(place: str) -> None:
@@ -175,11 +176,12 @@ def trained(case: Case, board: Board, run: Any) -> dict[str, Any]:
             number = step.number
             for a, b in step:
                 die("shard")
-                memory["seen"] = memory["seen"] + a.mean()
-                step.mean(seen=memory["seen"])
+                if memory is not None:
+                    memory["seen"] = memory["seen"] + a.mean()
+                    step.mean(seen=memory["seen"])
                 step.backward(F.cross_entropy(model(a), b))
             step.update(clip_norm=1.0)
-            losses.append([step.loss, step.means["seen"]])
+            losses.append([step.loss, step.means])
             noise += float(torch.rand(()))
             with torch.no_grad():
                 for mine, theirs in zip(average.parameters(), model[4].parameters(), strict=True):
