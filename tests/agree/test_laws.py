@@ -89,3 +89,43 @@ def test_between_rounds_the_weights_stay():
     play(script(samestep.Local(every=3), steps=7, after=after), 4, 1)
     stays = [torch.equal(one, other) for one, other in itertools.pairwise(kept)]
     assert stays == [True, False, True, True, False, True]
+
+
+OUTER = samestep.Local(every=3, outer=samestep.Nesterov(lr=0.5, momentum=0.9))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize(("first", "then"), [(samestep.Synchronous(), OUTER), (OUTER, samestep.Synchronous())])
+def test_another_way_starts_from_the_weights_alone(first, then, optimizer, tmp_path):
+    """An outer optimizer does not take the state of the user's for its own, nor the other way round."""
+    path, seen = str(tmp_path / "saved"), []
+
+    def save(run, step, model):
+        if step.number == 3:
+            run.save(path)
+
+    def load(run, step, model):
+        if step.number == 1:
+            run.load(path)
+            seen.append(run.model.trained[0].update.full_state())
+        if step.number == 2:
+            seen.append(run.model.trained[0].update.full_state())
+
+    play(script(first, steps=4, optimizer=optimizer, after=save), 4, 1)
+    play(script(then, steps=3, optimizer=optimizer, after=load), 4, 1)
+    assert seen[0] == {} and seen[1] != {}
+
+
+def test_what_was_done_before_a_load_counts_in_no_round(tmp_path):
+    path = str(tmp_path / "saved")
+
+    def load(run, step, model):
+        if step.number == 3:
+            run.load(path)
+
+    def main(run):
+        result = script(samestep.Local(every=9), steps=4, after=load)(run)
+        return result, run._session.agreed.facts()["rounds"]
+
+    play(script(samestep.Synchronous(), steps=1, after=lambda run, step, model: run.save(path)), 4, 1)
+    assert play(main, 4, 2).result[1] == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -242,11 +243,43 @@ def test_between_hosts_a_round_under_way_is_kept_and_sent_anew(fleet, tmp_path):
         assert words == alone
 
 
+def dies_before_the_first_round(group) -> None:
+    def after(run, step, model):
+        if step.number == 2 and run.worker.rank == 1:
+            Rounds._begin = lambda self, fragments, is_late: os._exit(7) if fragments else []
+
+    play_one(group, script(samestep.Local(every=4, delay=2), after=after), 4)
+
+
+def test_a_death_before_the_first_round_is_not_waited_for(fleet):
+    first, last = fleet.outcomes(dies_before_the_first_round, "gloo", 2, limit_seconds=30)
+    assert first.get("raised", [])[:1] == ["PeerError"] and last == {"exit": 7, "left": []}, first
+
+
 def interrupted_alone(folder: Path) -> list[str]:
     """Return what one worker comes to; a run that goes on comes to what it would have come to."""
     mains = comes_and_goes(str(folder)), leaves_early, script(WAY, steps=8)
     loaded, left, whole = (play(main, 5, 1).as_words() for main in mains)
     return [loaded, left, whole, whole, whole, whole]
+
+
+def test_steps_that_are_left_early_end_with_a_round_too():
+    """What replicas have done by themselves is in the weights, however the steps end."""
+    for way in (WAY, samestep.Local(every=4)):
+
+        def main(run, way=way, steps=5, last=2):
+            model = nn.Linear(6, 1)
+            run.replicate(model, torch.optim.SGD(model.parameters(), lr=0.1), agree=way)
+            for _ in range(2):
+                for step in run.steps(torch.ones(40, 6), batch_size=8, steps=steps, shuffle=False):
+                    for x in step:
+                        step.backward(model(x).square().mean())
+                    step.update()
+                    if step.number % 3 == last:
+                        break
+
+        left, ended = play(main, 4, 2), play(lambda run, main=main: main(run, steps=3, last=None), 4, 2)
+        assert left.weights == ended.weights
 
 
 # ------------------------------------------------------------------------------------------------------------- words

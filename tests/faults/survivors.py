@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from small_fleet import Outcome, SmallFleet
 
 MOST_STEPS = 400
 PLACES = ("shard", "after", "mean", "move")
+WRITING = ("anchor", "go_on", "begin", "residual", "memory")
+"""Further places: just before a worker writes what its replicas go on from, in an update or round that is made."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,14 @@ class Case:
 
     Attributes:
         workers: how many.
-        deaths: (slot, step, place): in a shard, after the update, in an evaluation, while replicas move.
+        deaths: (slot, step, place): in a shard, after the update, in an evaluation, while replicas move, `WRITING`.
         returns: workers to wait for before the run may end.
         optimizer: what is trained with.
         loaders: processes that read ahead.
         audit: share of updates in which one shard is computed twice.
         moves: replicas move at random after every step.
         way: how replicas agree; at every step by default.
+        is_lost: nobody can go on; the run is to start again from its newest state, which nobody does here.
     """
 
     workers: int
@@ -50,6 +54,7 @@ class Case:
     audit: float = 0
     moves: bool = False
     way: str = ""
+    is_lost: bool = False
 
     @property
     def undisturbed(self) -> Case:
@@ -76,6 +81,12 @@ CASES = (
     Case(3, ((0, 4, "shard"), (1, 9, "after")), way="Local"),
     Case(2, ((1, 4, "shard"),), 1, way="Local"),
     Case(3, ((1, 4, "shard"),), 1, way="Synchronous"),
+    Case(2, ((1, 3, "anchor"),), way="Local", is_lost=True),
+    Case(2, ((1, 4, "go_on"),), way="Local", is_lost=True),
+    Case(2, ((1, 4, "residual"),), way="Local", is_lost=True),
+    Case(2, ((1, 5, "begin"),), way="Local", is_lost=True),
+    Case(2, ((1, 4, "residual"),), way="Synchronous", is_lost=True),
+    Case(2, ((1, 4, "memory"),), is_lost=True),
 )
 """What the suite plays. "Odd" is an optimizer that samestep does not know, and that looks at all tensors at once."""
 
@@ -92,6 +103,7 @@ PLANTED = (
     ("who is left keeps the pieces that it owned", "core.element_update:ElementUpdate.reseat", CASES[0]),
     ("who joins has no weights of each replica", "agree.own:Own.reseat", CASES[16]),
     ("who joins does not know what a codec has left out", "agree.coding:Coding.reseat", CASES[17]),
+    ("a round is over before all have written what they go on from", "agree.rounds:Rounds._meet", CASES[19]),
 )
 """What is planted, the method that does nothing then, and a case that must show it."""
 
@@ -137,6 +149,8 @@ def trained(case: Case, board: Board, run: Any) -> dict[str, Any]:
 
         run._session.crew.balance = Restless()
     run.replicate(model, optimizer, scheduler, average, audit=case.audit, agree=way_of(case.way))
+    # Its own meeting after each update would hide that others are missing.
+    memory = None if case.way else run.per_replica(lambda replica: {"seen": torch.zeros(1)})
     losses, noise, number = [], 0.0, 0
 
     def die(place: str) -> None:
@@ -155,14 +169,19 @@ def trained(case: Case, board: Board, run: Any) -> dict[str, Any]:
         divide(division)
 
     run._session.model.divide = move
+    for place in WRITING:
+        strike_writing(place, die)
     for _ in range(3):
         for step in run.steps((x, y), 20, epochs=1, loaders=case.loaders):
             number = step.number
             for a, b in step:
                 die("shard")
+                if memory is not None:
+                    memory["seen"] = memory["seen"] + a.mean()
+                    step.mean(seen=memory["seen"])
                 step.backward(F.cross_entropy(model(a), b))
             step.update(clip_norm=1.0)
-            losses.append(step.loss)
+            losses.append([step.loss, step.means])
             noise += float(torch.rand(()))
             with torch.no_grad():
                 for mine, theirs in zip(average.parameters(), model[4].parameters(), strict=True):
@@ -173,6 +192,23 @@ def trained(case: Case, board: Board, run: Any) -> dict[str, Any]:
         noise += run.mean(accuracy, (x, y), 50) + run.once(lambda: len(losses))
     mean = float(sum(p.double().sum() for p in average.parameters()).detach())
     return {"losses": losses, "noise": noise, "average": mean, "rate": optimizer.param_groups[0]["lr"]}
+
+
+def strike_writing(place: str, die: Callable[[str], None]) -> None:
+    """Let a worker die at one of `WRITING`, if it is to."""
+    from samestep.agree.coding import Coding
+    from samestep.agree.own import Own
+    from samestep.core.per_replica import PerReplica
+
+    owner = {"residual": Coding, "memory": PerReplica}.get(place, Own)
+    name = place if owner is Own else "commit"
+    act = getattr(owner, name)
+
+    def struck(self: Any, *given: Any) -> None:
+        die(place)
+        act(self, *given)
+
+    setattr(owner, name, struck)
 
 
 def wait(case: Case, board: Board, run: Any) -> None:
@@ -237,6 +273,8 @@ def played(case: Case, seconds: float = 120.0) -> tuple[Outcome, int]:
 
 def judged(case: Case, outcome: Outcome, num_back: int, expected: dict[str, Any]) -> list[str]:
     """Return what is wrong with a case."""
+    if case.is_lost:
+        return [] if outcome.kinds("lost") and not outcome.results else ["the others went on with half of it"]
     wrong = [] if outcome.results else ["nobody came to the end"]
     wrong += ["a worker could not go on"] * bool(outcome.kinds("lost"))
     wrong += [f"{num_back} came back, not {case.returns}"] * (num_back < case.returns)

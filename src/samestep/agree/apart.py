@@ -113,11 +113,10 @@ class Apart:
             told = [notices.get(replica) for notices in heard]
             self.owns[replica].update.settle(told)
 
-    def begin(self, replicas: Iterable[int], parameters: Sequence[int] | None = None) -> None:
-        """Let replicas go on from the weights that all start from; of some parameters, or of all."""
-        chosen = range(len(self.trained.weights.views)) if parameters is None else parameters
+    def begin(self, replicas: Iterable[int]) -> None:
+        """Let replicas go on from the weights that all start from."""
         for replica in replicas:
-            self.owns[replica].begin(chosen)
+            self.owns[replica].begin(range(len(self.trained.weights.views)))
 
     def reseat(self) -> None:
         """Take the replicas that fall to this worker now. Collective."""

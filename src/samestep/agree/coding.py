@@ -86,8 +86,9 @@ class Coding:
 
     def commit(self, parameters: Sequence[int] | None = None) -> None:
         """Keep what came of all that was encoded since the last time; of some parameters, or of all."""
+        chosen = None if parameters is None else set(parameters)
         for replica, index in list(self._pending):
-            if parameters is None or index in parameters:
+            if chosen is None or index in chosen:
                 kept = self._states[replica][index]
                 for name, value in self._pending.pop((replica, index)).items():
                     kept[name].copy_(value)

@@ -43,7 +43,10 @@ class Leaves:
     def send(self, request: Request) -> None:
         """Let the workers that make the update have what they need. Collective."""
 
-    def made(self, request: Request, skipped: bool) -> None:
+    def keep(self, request: Request) -> None:
+        """Keep what the update leaves for later ones. Done before all meet at its commit: nobody goes on with half."""
+
+    def made(self, request: Request) -> None:
         """Note that the update was made, or skipped."""
 
     def reseat(self) -> None:
@@ -115,12 +118,11 @@ class CodedLeaves(Leaves):
                 self._fold(number, replica, indices, message[start:stop])
                 start = stop
 
-    def made(self, request: Request, skipped: bool) -> None:
-        coding = self._codings[request.optimizer]
-        if skipped:
-            coding.drop()
-        else:
-            coding.commit()
+    def keep(self, request: Request) -> None:
+        self._codings[request.optimizer].commit()
+
+    def made(self, request: Request) -> None:
+        self._codings[request.optimizer].drop()
         self._updates[request.optimizer] += 1
 
     def reseat(self) -> None:

@@ -115,6 +115,9 @@ class LiveLocal(Live):
         self.group.exchange(b"")
         each = zip(self._apart, self._codings, strict=True)
         self._rounds = [Rounds(self.recipe, self, apart, coding) for apart, coding in each]
+        if is_late and not self.group.shares_memory:
+            # Connects all while they are here: in the first round, who has died since would be waited for.
+            self.group.post(b"", [0] * self.group.worker.size)()
 
     def begin_pass(self) -> None:
         for apart in self._apart:

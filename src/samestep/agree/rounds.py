@@ -2,6 +2,11 @@
 
 A round whose end is delayed overlaps with the steps after it: replicas go on from their own weights meanwhile, and what
 they do until it ends counts in the next one.
+
+[Note: who dies after a round]
+When a round is committed, each worker writes what its replicas go on from, where all workers of a host see it. Were one
+to die before it has, the others would play its replicas on from what lies there. So all meet once more: after a death
+before that nobody goes on, and the run starts again from its newest state.
 """
 
 from __future__ import annotations
@@ -82,17 +87,20 @@ class Rounds:
         over = [r for r in self.under_way if r.step + delay <= self._num_updates]
         self._end(over, where)
         begun = self._begin(due, is_late=delay > 0)
-        if not delay:
+        if delay:
+            for round_ in begun:
+                begin(self._live, self._apart, self._coding, round_)
+            self.under_way += begun
+        else:
             self._end(begun, where)
-            return
-        for round_ in begun:
-            begin(self._live, self._apart, self._coding, round_)
-        self.under_way += begun
+        if over or begun:
+            self._meet(where)
 
     def settle(self, where: str) -> None:
         """End what is under way, and make a last round of what replicas have done since. Collective."""
         self._end(list(self.under_way), where)
         self._end(self._begin(range(len(self._fragments)), is_late=False), where)
+        self._meet(where)
 
     def values(self) -> dict[str, Any]:
         """Return plain values for `take`."""
@@ -117,12 +125,13 @@ class Rounds:
             send(self._live, self._apart, self._coding, round_)
 
     def drop(self) -> None:
-        """Give up what is under way. Collective."""
+        """Give up what is under way, and what replicas have done since. Collective."""
         for round_ in self.under_way:
             if round_.sent is not None:
                 # Else it would be taken for what is sent next.
                 round_.sent()
         self.under_way.clear()
+        self.since = [{} for _ in self.since]
         self._coding.drop()
 
     def _begin(self, fragments: Sequence[int], is_late: bool) -> list[Round]:
@@ -151,6 +160,11 @@ class Rounds:
             self.num_bytes += self._coding.num_bytes(round_.step, round_.parameters)
         self.under_way = [r for r in self.under_way if r not in rounds]
         self.num_rounds += 1
+
+    def _meet(self, where: str) -> None:
+        """Return once all have written what their replicas go on from. See [Note: who dies after a round]."""
+        if self._live.group.shares_memory:
+            self._live.calls.meet("the round (end)", where)
 
 
 def _pairs(items: Mapping[int, float]) -> list[list[float]]:

@@ -98,7 +98,7 @@ class LiveSynchronous(Live):
     def update(self, request: Request, part: Part) -> Outcome:
         self._leaves.send(request)
         outcome = self._update(request, part)
-        self._leaves.made(request, outcome.skipped)
+        self._leaves.made(request)
         return outcome
 
     def _update(self, request: Request, part: Part) -> Outcome:
@@ -161,6 +161,7 @@ class LiveSynchronous(Live):
                 trained.update.apply(trained.sums, reduced.absent, reduced.factor)
             trained.share()
             notice = trained.update.notice()
+            self._leaves.keep(request)
         frame = b"" if notice is None else wire.pack(notice)
         met = self.calls.meet("step.update (commit)", request.where, None, frame)
         self.clock.to("update")

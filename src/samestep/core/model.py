@@ -74,6 +74,7 @@ class Trained:
     Attributes:
         optimizer: the user's.
         applied: the one that updates the weights; the user's too, unless the options name another.
+        has_outer: whether they do, so that its state is not that of the user's.
         weights, gradients, sums, update: its mechanism; see their classes.
         replicas: those this worker plays (`Model.division`).
         nodes: for each worker, the nodes of the tree that it folds.
@@ -101,6 +102,7 @@ class Trained:
         parameters = list(dict.fromkeys(p for g in optimizer.param_groups for p in g["params"]))
         self._kind = kind_of(optimizer)
         self.applied = optimizer
+        self.has_outer = options.outer is not None
         if options.outer is not None:
             self.applied = options.outer(parameters)
             self._kind = kind_of(self.applied)

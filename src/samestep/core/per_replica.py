@@ -87,9 +87,12 @@ class PerReplica:
         self._here = None
 
     def commit(self) -> None:
-        """Keep what the shards of a pass have changed."""
+        """Keep what the shards of a pass have changed. Collective where memory is shared."""
         self._set(self._pending)
         self._pending = {}
+        if self._group.shares_memory:
+            # After a death in the middle of it nobody may go on with half of it.
+            self._group.exchange(b"")
 
     def reseat(self, division: Division) -> None:
         """Take the replicas that fall to this worker now. Collective."""

@@ -198,7 +198,8 @@ class Archive:
                     else:
                         numbers[index][key] = value
             groups = [{k: v for k, v in g.items() if k != "params"} for g in trained.optimizer.param_groups]
-            optimizers.append({"numbers": numbers, "groups": groups, "name": type(trained.optimizer).__name__})
+            facts = {"name": type(trained.optimizer).__name__, "outer": trained.has_outer}
+            optimizers.append({"numbers": numbers, "groups": groups, **facts})
         others = [_portable(other.state_dict()) for other in self._model.others]
         kept, values = states[1]
         state.update({_AGREED + name: tensor for name, tensor in kept.items()})
@@ -255,7 +256,9 @@ class Archive:
                 full.setdefault(int(index), {})[key] = tensor
         for group, settings in zip(trained.optimizer.param_groups, facts["groups"], strict=True):
             group.update(settings)
-        trained.update.load(full)
+        # One way to agree keeps the state of the user's optimizer there, another that of its own: no use to each other.
+        is_alike = facts.get("outer", trained.has_outer) == trained.has_outer
+        trained.update.load(full if is_alike else {})
 
 
 def _portable(state: Any) -> Any:

@@ -163,9 +163,8 @@ class Run:
         """
         self.model  # noqa: B018  raises if nothing is replicated
         session = self._session
-        if session.pending:
-            # The steps before were left by `break`.
-            session.pending.settle()
+        # The steps before may have been left by `break`.
+        session.pending.settle()
         if isinstance(data, Clients) or isinstance(session.agreed, LiveFederated):
             local = Local(batch_size, 1 if epochs is None else epochs, shuffle, collate, loaders, drop_last)
             return self._stepping.walk(*begin_rounds(session, data, local, steps))

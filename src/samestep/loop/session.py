@@ -231,9 +231,8 @@ class Session:
         """Return the facts of the summary; on the first worker all of them. Collective."""
         if self.model is None:
             raise UsageError("main ended without run.replicate(...): nothing was trained.")
-        if self.pending:
-            # The steps were left by `break`.
-            self.pending.settle()
+        # The steps may have been left by `break`.
+        self.pending.settle()
         self.replay.reach("finish")
         self.ledger.check_finished()
         if self.replay.saved is not None:
