@@ -141,6 +141,7 @@ def test_the_supervisor_dies(steered, shell, undisturbed, seed):
     assert not hidden(shell)
 
 
+@pytest.mark.long
 def test_ctrl_c_writes_the_last_one_and_lets_the_other_be_finished(steered, shell, undisturbed):
     run = steered(*ASYNC, "--every", 10)
     pid = stopped_writer(run, shell)
@@ -159,6 +160,7 @@ def test_ctrl_c_writes_the_last_one_and_lets_the_other_be_finished(steered, shel
     assert resumed(steered) == undisturbed
 
 
+@pytest.mark.long
 def test_the_second_ctrl_c_ends_the_writer_too(steered, shell):
     run = steered(*ASYNC, "--every", 10)
     stopped_writer(run, shell)
@@ -172,6 +174,7 @@ def test_the_second_ctrl_c_ends_the_writer_too(steered, shell):
     assert f"What is kept is the checkpoint after step {steps_of(shell)[-1]}" in err
 
 
+@pytest.mark.long
 def test_when_the_workers_are_gone_the_writer_may_end_its_work(steered, shell):
     """An error that would come again ends the run; what was on its way to the disk still gets there."""
     run = steered(*ASYNC, "--every", 10, mode="fails", seconds=0.02)

@@ -65,10 +65,10 @@ def stack_named_in(told):
     return Path(re.search(r"Its stack is in (\S+)\.(?: |$)", told)[1])
 
 
-_LONG = [pytest.param(kind, marks=pytest.mark.long) for kind in ("lock", "loop")]
+_LONG = [pytest.param(kind, marks=pytest.mark.long) for kind in ("stop", "lock", "loop")]
 
 
-@pytest.mark.parametrize("kind", ["sleep", "gil", "stop", *_LONG])
+@pytest.mark.parametrize("kind", ["sleep", "gil", *_LONG])
 def test_a_hang_in_a_shard_is_named_and_replaced(hanging, undisturbed, kind):
     # One with the limit that a run has by itself.
     limit = 5 if kind == "sleep" else 2
@@ -92,6 +92,7 @@ def test_c_code_that_lets_no_signal_through(hanging, undisturbed):
     assert re.search(r"Worker 1 .* hung in step 30, replica 2\. It was inside C code that lets no signal through", told)
 
 
+@pytest.mark.long
 def test_a_lone_worker(hanging, undisturbed):
     digest, (told,) = hanging("sleep", "--workers", "1", "--hang-after", "2")
     assert digest == undisturbed

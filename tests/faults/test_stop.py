@@ -78,7 +78,7 @@ def test_where_no_step_ends_in_time_the_newest_checkpoint_stays(steered, mode, l
     assert lines[-1] == f"samestep: SIGINT ended the run. {kept}"
 
 
-@pytest.mark.parametrize("by", [("-m", "samestep", "run"), ()])
+@pytest.mark.parametrize("by", [("-m", "samestep", "run"), pytest.param((), marks=pytest.mark.long)])
 def test_the_second_ctrl_c_ends_it_at_once(steered, by):
     run = steered(mode="shard", seconds=0.0, by=by)
     run.read_until("in a shard")

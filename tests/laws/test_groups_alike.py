@@ -49,7 +49,10 @@ def alone() -> dict[str, Played]:
     return {name: play(main, 5, 1).as_words() for name, main in MAINS.items()}
 
 
-@pytest.mark.parametrize(("kind", "size"), [("arena", 2), ("arena", 3), ("gloo", 2), ("gloo", 3)])
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [("arena", 3), ("gloo", 3), *(pytest.param(kind, 2, marks=pytest.mark.long) for kind in ("arena", "gloo"))],
+)
 def test_processes_are_as_one_worker(fleet, alone, kind, size):
     for told in returned(fleet.outcomes(plays, kind, size, limit_seconds=240, replicas=5)):
         for name, words in told.items():
