@@ -86,12 +86,14 @@ def test_another_script(resume):
     assert facts["weights_digest"] != resume.whole["weights_digest"]
 
 
+@pytest.mark.long
 def test_another_environment(resume):
     resume.environment["MKL_CBWR"] = "COMPATIBLE"
     message, _ = assert_refused_then_accepted(resume, "environment")
     assert message[1:3] == ["  environment there: MKL_CBWR AUTO", "  environment here: MKL_CBWR COMPATIBLE"]
 
 
+@pytest.mark.long
 def test_other_data(resume):
     np.save(resume.data, np.load(resume.data) + 1)
     message, _ = assert_refused_then_accepted(resume, "data")

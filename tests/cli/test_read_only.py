@@ -78,7 +78,7 @@ def test_a_crash_elsewhere_is_not_blamed_on_a_write(shell):
 
 def test_a_run_that_is_not_verified_is_not_protected(shell):
     # The same value again: the watch over flipped bits, which looks now and then, finds no change either.
-    (shell.folder / "train.py").write_text(SCRIPT.format(act="view[0, 3] = 0.0"))
+    (shell.folder / "train.py").write_text(SCRIPT.format(act="view[0, 3] = view[0, 3]"))
     ended = shell.samestep("run", "train.py", "--workers", 2)
     assert ended.code == 0, ended.err
 

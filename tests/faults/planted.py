@@ -188,7 +188,7 @@ def table(points: Points) -> list[Bug]:
         ),
         Bug(
             "optimizer state is not restored",
-            edited("loop.archive:Archive._restore_optimizer", "trained.update.load(full)", "pass"),
+            edited("loop.archive:Archive._restore_optimizer", "trained.update.load(full if is_alike else {})", "pass"),
             dead,
         ),
         Bug("a snapshot holds the weights before its last update", weights_from_before_the_update, dead),
