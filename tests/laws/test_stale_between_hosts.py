@@ -16,7 +16,7 @@ import torch
 from loops import LOOPS
 from playing import play, play_one, replaced
 from refusing import made, train
-from test_stale_steps import lags_in, recorded, uneven, with_agree
+from test_stale_steps import applied_twice, lags_in, recorded, uneven, with_agree
 from zoo import Convolutional, classes_loss, images, vectors
 
 from samestep.agree.maker import Maker, OwnersMaker
@@ -24,7 +24,6 @@ from samestep.agree.shelf import SentShelf, Shelf
 from samestep.agree.stale import Stale
 from samestep.agree.synchronous import Synchronous
 from samestep.agree.versions import Versions
-from samestep.core.element_update import ElementUpdate
 from samestep.loop.recipe import Keeping
 from samestep.loop.run import Run
 
@@ -314,16 +313,6 @@ def test_refused(fleet):
 
 
 # -------------------------------------------------------------------------------------------------- planted faults
-
-
-def applied_twice():
-    apply = ElementUpdate.apply
-
-    def twice(self, sums, absent, factor):
-        apply(self, sums, absent, factor)
-        apply(self, sums, absent, factor)
-
-    return replaced(ElementUpdate, "apply", twice)
 
 
 def too_new_a_version():

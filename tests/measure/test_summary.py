@@ -145,5 +145,5 @@ def test_it_tells_how_stale_the_weights_were():
     assert "0: 25%, 2: 75% of the shards; 1.0 MiB" in shown(facts)
     assert "that replay this schedule" in shown(facts)
     assert "replay" not in shown({**facts, "staleness": {0: 40}})
-    fixed = " ".join(shown({**facts, "fixed_schedule": True}).replace("│", " ").split())
+    fixed = " ".join(shown({**facts, "fixed_schedule": True, "stale_per_worker": True}).replace("│", " ").split())
     assert "replay" not in fixed and "1.0 MiB per worker" in fixed

@@ -278,6 +278,7 @@ class LiveStale(_UnderWay):
             "agreement": repr(self.recipe),
             "staleness": self.schedule.histogram(),
             "stale_bytes": self.versions.num_bytes,
+            "stale_per_worker": not self.claims,
             "fixed_schedule": not self.claims and self.recipe.replay is None,
         }
 

@@ -101,12 +101,7 @@ class Calls:
             MismatchError: another worker is at another call.
             Halted: the run has ended.
         """
-        if self._halted is not None:
-            raise self._halted
-        self.number += 1
-        asked, self._asked = self._asked, 0
-        if self._orders is not None and self._group.worker.is_first:
-            asked |= self._orders()
+        asked = self._count()
         self._heard |= asked
         if self._group.worker.size == 1:
             return [(value, frame)]
@@ -132,13 +127,18 @@ class Calls:
         Raises:
             Halted: the run has ended.
         """
+        asked = self._count()
+        return [self.number, kind, where, asked]
+
+    def _count(self) -> int:
+        """Count a call; return what this worker asks for at it."""
         if self._halted is not None:
             raise self._halted
         self.number += 1
         asked, self._asked = self._asked, 0
         if self._orders is not None and self._group.worker.is_first:
             asked |= self._orders()
-        return [self.number, kind, where, asked]
+        return asked
 
     def end(self, told: Sequence[Sequence[Any]]) -> None:
         """Take what all workers told of such a call, in rank order.

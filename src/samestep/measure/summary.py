@@ -219,7 +219,7 @@ def _staleness_in_words(facts: dict[str, Any]) -> str:
         return ""
     total = sum(counts.values())
     shares = ", ".join(f"{lag}: {count / total:.0%}" for lag, count in counts.items())
-    taken = bytes_in_words(facts["stale_bytes"]) + (" per worker" if facts.get("fixed_schedule") else "")
+    taken = bytes_in_words(facts["stale_bytes"]) + (" per worker" if facts.get("stale_per_worker") else "")
     return f"updates that a shard's weights lacked: {shares} of the shards; {taken} for updates under way"
 
 
