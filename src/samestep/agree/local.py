@@ -178,6 +178,8 @@ class LiveLocal(Live):
         for apart in self._apart:
             apart.begin(apart.mine)
         self.model.buffers.spread(self._apart[0].mine)
+        # See [Note: who dies after a round] in `rounds`: nobody goes on before all have written.
+        self.group.exchange(b"")
 
     def reseat(self) -> None:
         for apart, coding in zip(self._apart, self._codings, strict=True):
