@@ -99,6 +99,9 @@ class Weather:
             self.strikes.append(Strike(Fault(kind), (victim.rank,), now, count))
             victim.send_signal(FAULTS[kind])
 
+    def hear(self, text: str, now: float) -> None:
+        """Take note of what the run tells its user."""
+
     def ended(self, now: float) -> None:
         """Take note that the supervisor has seen a worker end."""
         if self.strikes and self.strikes[-1].noticed_after is None:
@@ -106,14 +109,17 @@ class Weather:
 
 
 class Listener:
-    """Takes the facts of a run."""
+    """Takes the facts of a run, and lets the weather hear its notes."""
 
-    def __init__(self) -> None:
+    def __init__(self, weather: Weather | None) -> None:
+        self._weather = weather
         self.facts: dict[str, Any] | None = None
 
     def frame(self, frame: Any) -> bool:
         if frame.kind == "finished":
             self.facts = frame.info["facts"]
+        if frame.kind == "note" and self._weather is not None:
+            self._weather.hear(frame.info["text"], time.monotonic())
         return False
 
     def output(self, stream: int, data: bytes) -> None:
@@ -150,7 +156,7 @@ def play(program: Script, num_workers: int, weather: Weather | None = None) -> R
     from samestep.settings.entry import _fleet
     from samestep.settings.options import Options
 
-    options, listener, begin = Options(workers=num_workers), Listener(), time.monotonic()
+    options, listener, begin = Options(workers=num_workers), Listener(weather), time.monotonic()
     descriptors = len(os.listdir("/proc/self/fd"))
     fleet = _fleet(functools.partial(body, program), options, Plumbing(hidden=True))
     assert fleet.snapshots is not None

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from samestep.loop.run import Run
     from samestep.loop.step import Step
     from samestep.settings import launch
+    from samestep.sites.recipe import Sites
 
 _HOMES = {
     "Adaptive": "samestep.agree.outer",
@@ -47,6 +48,7 @@ _HOMES = {
     "launch": "samestep.settings",
     "Run": "samestep.loop.run",
     "Step": "samestep.loop.step",
+    "Sites": "samestep.sites.recipe",
     "Stale": "samestep.agree.stale",
     "Synchronous": "samestep.agree.synchronous",
     "Federated": "samestep.agree.federated",
@@ -87,6 +89,7 @@ __all__ = [
     "Run",
     "SamestepError",
     "SettingsError",
+    "Sites",
     "Stale",
     "Step",
     "Synchronous",

@@ -170,6 +170,9 @@ class Live(Playing):
     def take_over(self, values: Any) -> None:
         """Take, in a worker that joins, the plain values that `state` gave; tensors lie in the group's memory."""
 
+    def end(self) -> None:
+        """The run has come to its end: take leave of whoever is beyond it."""
+
     def facts(self) -> dict[str, Any]:
         """Return what the summary of the run says about it. Collective."""
         return {}

@@ -25,7 +25,7 @@ class Coding:
         codec: with error feedback, where it leaves something out.
     """
 
-    def __init__(self, codec: Codec, model: Model, number: int, group: Group):
+    def __init__(self, codec: Codec, model: Model, number: int, group: Group, lone: int | None = None):
         """Begin anew. Collective.
 
         Args:
@@ -33,12 +33,14 @@ class Coding:
             model: what was replicated.
             number: of the optimizer in it.
             group: the workers.
+            lone: encodes for one party of this number, by the first worker, instead of for the replicas.
         """
         self.codec = codec if codec.unbiased or isinstance(codec, Feedback) else Feedback(codec)
         self._key = model.seed, number
         self._number = number
         self._model = model
         self._group = group
+        self._lone = lone
         self._tensors = model.trained[number].weights.views
         self._fresh = [self.codec.fresh(v.shape, v.dtype) for v in self._tensors]
         self._num_bytes = sum(align(t.numel() * t.element_size()) for s in self._fresh for t in s.values())
@@ -136,11 +138,16 @@ class Coding:
             if int(replica) in self._states:
                 self._states[int(replica)][int(index)][key].copy_(tensor)
 
+    def _known(self) -> Sequence[int]:
+        """Return the replicas of which this worker sees what is kept."""
+        division, group = self._model.division, self._group
+        if self._lone is not None:
+            return [self._lone] if group.shares_memory or group.worker.is_first else []
+        return range(division.num_replicas) if group.shares_memory else division.of(group.worker.rank)
+
     def _open(self) -> None:
         """Find the memory of what is kept."""
-        division = self._model.division
-        known = range(division.num_replicas) if self._group.shares_memory else division.of(self._group.worker.rank)
-        for replica in known:
+        for replica in self._known():
             states: list[State] = [{} for _ in self._fresh]
             if self._num_bytes:
                 memory = self._group.allocate(self._num_bytes, f"codec {self._number} {replica}")

@@ -55,16 +55,20 @@ class Synchronous(Agreement):
 class LiveSynchronous(Live):
     """One worker's side of synchronous agreement."""
 
-    recipe: Synchronous
-
     def __init__(self, *bound: Any):
         super().__init__(*bound)
-        codec = self.recipe.codec
+        codec = self.within.codec
         # Elsewhere what a codec keeps of a replica stays where its worker is.
         self.can_move = codec is None or self.group.shares_memory
         coded = None if codec is None else CodedLeaves(codec, self.model, self.group, self.calls)
         self._reduction = Reduction(self.group, self.calls, self.clock)
         self._leaves = coded if coded is not None else Leaves(self.model)
+
+    @property
+    def within(self) -> Synchronous:
+        """How replicas agree at every step."""
+        assert isinstance(self.recipe, Synchronous)
+        return self.recipe
 
     def begin_pass(self) -> None:
         self._leaves.begin_pass()

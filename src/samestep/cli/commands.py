@@ -15,6 +15,7 @@ from samestep.settings import (
     Options,
     chaos_script,
     export_weights,
+    keep_place,
     run_script,
     stored_checkpoints,
     verify_script,
@@ -162,6 +163,19 @@ def export(folder_or_step: str, out: str) -> None:
         return show_export(export_weights(folder_or_step, out), out), ""
 
     _end(act)
+
+
+@main.command()
+@click.argument("at", metavar="HOST:PORT")
+@click.option("--secret", metavar="FILE", help="File with the secret that the sites know too.")
+@click.option("--keep", metavar="DIR", help="Folder for what is agreed on, so that a place started again goes on.")
+def meet(at: str, secret: str | None, keep: str | None) -> None:
+    """Be the meeting place of runs on several sites (samestep.Sites)."""
+
+    def tell(text: str) -> None:
+        print(text, flush=True)
+
+    _end(lambda: (keep_place(at, secret, keep, tell), ""))
 
 
 @main.command()

@@ -19,6 +19,8 @@ from samestep.core.group import Group, align, aligned_zeros
 from samestep.errors import SettingsError
 
 Rule = Literal["mean", "first"]
+Segment = tuple[slice, torch.dtype | None]
+"""Bytes of buffers, and the dtype of the mean that they become; None: those of the first count."""
 
 
 class Buffers:
@@ -26,6 +28,7 @@ class Buffers:
 
     Attributes:
         num_bytes: of one replica's.
+        segments: which of their bytes are merged in which way.
         own: what all replicas have kept, uint8; empty unless they are apart. Where memory is not shared, what this
             worker's have.
     """
@@ -55,14 +58,14 @@ class Buffers:
                 )
         self._slots: list[tuple[dict, str, torch.Tensor]] = []
         entries = _find(modules, self._rules)
-        self._segments: list[tuple[slice, torch.dtype | None]] = []
+        self.segments: list[Segment] = []
         offsets, end = [], 0
         for dtype, _, _, _, buffer in entries:
             offsets.append(end)
             stop = end + align(buffer.numel() * buffer.element_size())
-            self._segments.append((slice(end, stop), dtype))
+            self.segments.append((slice(end, stop), dtype))
             end = stop
-        self._segments = _joined(self._segments)
+        self.segments = _joined(self.segments)
         self.num_bytes = end
         self.own = torch.empty(0, dtype=torch.uint8)
         self._group = group
@@ -133,11 +136,7 @@ class Buffers:
             weights: of each; they add up to 1.
             into: uint8.
         """
-        for where, dtype in self._segments:
-            if dtype is None or len(ends) == 1:
-                into[where] = ends[0][where]
-            else:
-                into[where].view(dtype).copy_(_mean([e[where].view(dtype) for e in ends], list(weights)))
+        join(self.segments, ends, weights, into)
 
     def keep(self, replicas: Iterable[int]) -> None:
         """Let some replicas that this worker plays keep what they published, and go back to the pass's start."""
@@ -217,6 +216,22 @@ class Buffers:
                 home[key] = view
 
 
+def join(
+    segments: Sequence[Segment], ends: Sequence[torch.Tensor], weights: Sequence[float], into: torch.Tensor
+) -> None:
+    """Merge buffers.
+
+    Args:
+        segments: which bytes are merged in which way.
+        ends, weights, into: see `Buffers.join`.
+    """
+    for where, dtype in segments:
+        if dtype is None or len(ends) == 1:
+            into[where] = ends[0][where]
+        else:
+            into[where].view(dtype).copy_(_mean([e[where].view(dtype) for e in ends], list(weights)))
+
+
 def _find(modules: Sequence[tuple[str, torch.nn.Module]], rules: Mapping[str, Rule]) -> list[tuple]:
     """Return (dtype of the mean or None, name, home, key, buffer), those merged alike next to each other."""
     entries, seen = [], set()
@@ -247,8 +262,8 @@ def _mean(values: list[torch.Tensor], weights: list[float]) -> torch.Tensor:
     return torch.where(same, first, total.to(first.dtype))
 
 
-def _joined(segments: list[tuple[slice, torch.dtype | None]]) -> list[tuple[slice, torch.dtype | None]]:
-    joined: list[tuple[slice, torch.dtype | None]] = []
+def _joined(segments: list[Segment]) -> list[Segment]:
+    joined: list[Segment] = []
     for where, dtype in segments:
         if joined and joined[-1][1] == dtype:
             joined[-1] = (slice(joined[-1][0].start, where.stop), dtype)

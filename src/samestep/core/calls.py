@@ -68,6 +68,10 @@ class Calls:
         self._heard &= ~request
         return found
 
+    def is_ordered(self, request: int) -> bool:
+        """Return whether this worker is told from outside to ask this of all; known to the first worker alone."""
+        return self._orders is not None and bool(self._orders() & request)
+
     def position(self) -> list[int]:
         """Return what a worker that joins the others takes over: the number of calls, and what was heard in them."""
         return [self.number, self._heard]

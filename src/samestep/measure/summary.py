@@ -142,6 +142,7 @@ def _all_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("memory", used),
         ("fleet", _fleet_in_words(facts)),
         ("agreement", _agreement_in_words(facts)),
+        ("site", _site_in_words(facts)),
         *(("balance", move["words"]) for move in facts.get("moves") or ()),
         ("samples", _samples_in_words(facts)),
         ("privacy", facts.get("privacy") or ""),
@@ -210,7 +211,25 @@ def _digest_in_words(facts: dict[str, Any]) -> str:
     digest = facts.get("weights_digest")
     if digest and any(map(int, facts.get("staleness") or ())) and not facts.get("fixed_schedule"):
         return f"{digest} (the same for any number of workers that replay this schedule)"
+    if digest and facts.get("site"):
+        return f"{digest} (the same for any number of workers of each site, where the same sites make the same rounds)"
     return f"{digest} (the same for any number of workers)" if digest and _keeps_promise(facts) else digest or ""
+
+
+def _site_in_words(facts: dict[str, Any]) -> str:
+    """Return what became of what this site gave to the others."""
+    site = facts.get("site")
+    if not site:
+        return ""
+    parts = [f"{count_in_words(site['counted'])} contributions, {bytes_in_words(site['num_bytes'])}"]
+    for name, words in (
+        ("late", "late"),
+        ("refused", "too old to count"),
+        ("missed", "times the meeting place was not reached"),
+    ):
+        if site[name]:
+            parts.append(f"{count_in_words(site[name])} {words}")
+    return f"{'; '.join(parts)}; the newest weights are those of round {count_in_words(site['round'])}"
 
 
 def _staleness_in_words(facts: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@
     farewell     what a run says that a signal has ended
     entry        the ways in: `launch`, `samestep run`, `samestep verify`, and the zygote of a `launch` elsewhere
     checkpoints  what `samestep checkpoint` does
+    place        what `samestep meet` does
 
 Nothing here imports torch before the environment has been prepared.
 """
@@ -18,6 +19,7 @@ from samestep.measure.comparison import SUSPECTS, first_difference
 from samestep.settings.checkpoints import export_weights, stored_checkpoints
 from samestep.settings.entry import Chaos, chaos_script, launch, run_script, serve, verify_script
 from samestep.settings.options import Options, words_of
+from samestep.settings.place import keep_place
 
 __all__ = [
     "SUSPECTS",
@@ -28,6 +30,7 @@ __all__ = [
     "export_weights",
     "find_run",
     "first_difference",
+    "keep_place",
     "launch",
     "live_runs",
     "run_script",

@@ -1,0 +1,146 @@
+"""What a site asks of the meeting place, step by step, until it has an answer, or knows that there is none now."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from samestep.errors import PeerError
+from samestep.sites.visitor import Unreachable, Visitor
+from samestep.storage import wire
+
+Start = Callable[[], dict[str, Any]]
+
+_TELL_SECONDS = 5.0
+_PAUSE = 0.2
+_AGAIN_SECONDS = 2.0
+"""For which it is tried to reach a place that did not answer the last time."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the place answers.
+
+    Attributes:
+        round: rounds made.
+        made: the round that a contribution counts in; -1: in none.
+        sequence: number of the site's last contribution.
+        state: `weights` and `buffers` after that round.
+    """
+
+    round: int
+    made: int
+    sequence: int
+    state: dict[str, Any]
+
+
+class Errand:
+    """One site's dialogue with the place; a Ctrl-C is heard while it waits."""
+
+    def __init__(self, visitor: Visitor, site: str, terms: dict[str, Any], patience: float, stops: Callable[[], bool]):
+        """Ask nothing yet.
+
+        Args:
+            visitor: the way.
+            site: its name.
+            terms: what it has set, and its shapes and dtypes.
+            patience: seconds for which it is tried to reach the place.
+            stops: whether the run is to end.
+        """
+        self._visitor = visitor
+        self._site = site
+        self._terms = terms
+        self._patience = patience
+        self._stops = stops
+        self._is_lost = False
+        self._has_joined = False
+        self._life = secrets.token_hex(8)
+
+    def join(self, start: Start) -> Told:
+        """Take part.
+
+        Args:
+            start: gives weights and buffers, for the case that this site is the first.
+
+        Raises:
+            PeerError: there is no meeting place.
+            MismatchError: the others have agreed on something else.
+        """
+        try:
+            content = self._join(start, again=False)
+        except Unreachable as error:
+            raise PeerError(
+                f"Site {self._site!r} found no meeting place: {error}. Start it (samestep meet HOST:PORT), or see that "
+                f"this host can reach it."
+            ) from error
+        return _told(content, -1)
+
+    def give(self, frame: dict[str, Any], start: Start) -> Told:
+        """Give a contribution, and wait for what becomes of it.
+
+        Args:
+            frame: the contribution.
+            start: see `join`, for the case that the place was lost and is another.
+
+        Raises:
+            Unreachable: there is no answer for now.
+            MismatchError, NonFiniteError, PeerError: the place refuses it.
+        """
+        question = {"site": self._site, "sequence": frame["sequence"]}
+        since, has_told, is_given = time.monotonic(), False, False
+        while True:
+            if not self._has_joined:
+                self._join(start, again=True)
+            status, content = self._ask(*(("/outcome", question) if is_given else ("/give", frame)))
+            match status, is_given:
+                case 200, True:
+                    return _told(content, frame["sequence"])
+                case 200, False:
+                    is_given = True
+                    continue
+                case 404, _:
+                    # It was started again from its disk, and knows nothing of the round that was open.
+                    is_given = False
+                    continue
+                case 410, _:
+                    self._has_joined = is_given = False
+                    continue
+            if self._stops():
+                raise Unreachable("the run is to end")
+            if not has_told and time.monotonic() - since > _TELL_SECONDS:
+                has_told = True
+                missing = content.get("missing", 0)
+                words = f"{missing} more site{'s' * (missing != 1)}" if missing else "other sites"
+                print(f"samestep: Site {self._site!r} waits for {words}.", file=sys.stderr, flush=True)
+            if not is_given:
+                time.sleep(_PAUSE)
+
+    def _join(self, start: Start, again: bool) -> dict[str, Any]:
+        frame: dict[str, Any] = {"site": self._site, "terms": self._terms, "start": None, "again": again}
+        status, content = self._ask("/join", frame)
+        if status == 202:
+            _, content = self._ask("/join", {**frame, "start": start()})
+        self._has_joined = True
+        return content
+
+    def leave(self) -> None:
+        """Say that the run has come to its end; if nobody hears it, the others wait once more."""
+        with contextlib.suppress(Unreachable):
+            self._ask("/leave", {"site": self._site})
+
+    def _ask(self, path: str, frame: dict[str, Any]) -> tuple[int, Any]:
+        seconds = min(self._patience, _AGAIN_SECONDS) if self._is_lost else self._patience
+        self._is_lost = True
+        answer = self._visitor.ask(path, {**frame, "life": self._life}, seconds)
+        self._is_lost = False
+        return answer
+
+
+def _told(content: dict[str, Any], sequence: int) -> Told:
+    made = content.get("made", -1)
+    return Told(content["round"], made, content.get("sequence", sequence), wire.unpack(content["state"]))

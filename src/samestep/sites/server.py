@@ -1,0 +1,171 @@
+"""The meeting place, over HTTP. Four questions, each a POST of a packed frame:
+
+    /join      a site takes part: settings and shapes; the first brings its weights
+    /give      a contribution
+    /outcome   what became of one; held back for some seconds where that is not known yet
+    /leave     a site has come to its end
+
+Every question carries a proof (`proof`) in its headers, which is looked at before its content is read. Frames are as
+long as they must be at most, and hold no code.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import torch
+
+from samestep.errors import CheckpointError, MismatchError, NonFiniteError, SettingsError, UsageError
+from samestep.sites import proof
+from samestep.sites.place import Content, Place
+from samestep.sites.table import Answer, Gift
+from samestep.storage import wire
+
+HOLD_SECONDS = 10.0
+"""A question is held back for so long; then it is asked again."""
+_MOST_CONNECTIONS = 256
+_MOST_NAME = 100
+_FIRST_BYTES = 1 << 34
+"""The longest message before it is known how large the model is."""
+_STATUS = {MismatchError: 409, NonFiniteError: 422, UsageError: 410, CheckpointError: 500, KeyError: 404}
+
+
+class Server(ThreadingHTTPServer):
+    """Answers for one `Place` until it is shut down."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, host: str, port: int, place: Place, secret: bytes):
+        """Listen.
+
+        Args:
+            host: of this machine; where others reach it, there must be a secret.
+            port: 0 for any that is free; see `server_address`.
+            place: what it answers for.
+            secret: see `proof.read_secret`.
+
+        Raises:
+            SettingsError: the address cannot be used.
+        """
+        self.place = place
+        self.secret = secret
+        self._room = threading.BoundedSemaphore(_MOST_CONNECTIONS)
+        try:
+            super().__init__((host, port), _Handler)
+        except (OSError, OverflowError) as error:
+            raise SettingsError(f"Nobody can listen at {host}:{port}: {error}. Name another address.") from error
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._room.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._room.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing: a connection broke, and its site asks again."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One question."""
+
+    server: Server
+    timeout = 30.0
+    server_version = "samestep"
+    sys_version = ""
+
+    def do_POST(self) -> None:
+        secret, nonce = self.server.secret, self.headers.get("Samestep-Nonce", "")
+        claimed = self.headers.get("Samestep-Digest", "")
+        told = self.headers.get("Samestep-Proof", "")
+        if not proof.holds(told, secret, *(part.encode("utf-8", "replace") for part in (self.path, nonce, claimed))):
+            self.send_error(403, "The proof does not hold")
+            return
+        length = self.headers.get("Content-Length", "")
+        largest = self.server.place.largest() or _FIRST_BYTES
+        if not length.isascii() or not length.isdigit() or int(length) > largest:
+            self.send_error(413, "Too long")
+            return
+        body = self.rfile.read(int(length))
+        if len(body) != int(length) or proof.digest(body).hex() != claimed:
+            self.send_error(400, "The content is not what was announced")
+            return
+        status, reply = self._answered(body)
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(reply)))
+        parts = (b"reply", nonce.encode(), b"%d" % status, proof.digest(reply))
+        self.send_header("Samestep-Proof", proof.sign(secret, *parts))
+        self.end_headers()
+        self.wfile.write(reply)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing: the place tells what matters."""
+
+    def _answered(self, body: bytes) -> tuple[int, bytes]:
+        """Return status and content of the answer."""
+        try:
+            frame = wire.unpack(body)
+            match self.path:
+                case "/join":
+                    site, life, start = _name(frame["site"]), _name(frame["life"]), frame["start"]
+                    told = self.server.place.join(site, life, frame["terms"], start, bool(frame["again"]))
+                    return (202, wire.pack({})) if told is None else (200, wire.pack(told))
+                case "/give":
+                    answer = self.server.place.give(_content(frame))
+                    return 202 if answer is Answer.LATER else 200, wire.pack({"answer": answer.value})
+                case "/outcome":
+                    found = self.server.place.outcome(_name(frame["site"]), _whole(frame["sequence"]), HOLD_SECONDS)
+                    if found is None:
+                        return 202, wire.pack({"missing": self.server.place.missing()})
+                    return 200, wire.pack(found)
+                case "/leave":
+                    self.server.place.leave(_name(frame["site"]))
+                    return 200, wire.pack({})
+            return 404, wire.pack({"error": "There is no such question."})
+        except (MismatchError, NonFiniteError, UsageError, CheckpointError) as error:
+            return _STATUS[_kind(error)], wire.pack({"error": str(error)})
+        except KeyError as error:
+            return 404, wire.pack({"error": f"Unknown: {error}"})
+        except (ValueError, TypeError, AttributeError) as error:
+            return 400, wire.pack({"error": f"This is no question of samestep's: {error}"})
+
+
+def _kind(error: Exception) -> type[Exception]:
+    return next(kind for kind in _STATUS if isinstance(error, kind))
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= _MOST_NAME or not value.isprintable():
+        raise ValueError("a site has a name")
+    return value
+
+
+def _whole(value: Any, least: int = 1) -> int:
+    if type(value) is not int or value < least:
+        raise ValueError(f"a whole number of at least {least} is due, not {value!r}")
+    return value
+
+
+def _content(frame: Any) -> Content:
+    """Return the contribution that a frame holds.
+
+    Raises:
+        ValueError, TypeError, KeyError: it holds none.
+    """
+    payload, buffers, items = frame["payload"], frame["buffers"], frame["items"]
+    if not isinstance(payload, torch.Tensor) or not isinstance(buffers, torch.Tensor):
+        raise ValueError("tensors are due")
+    if not isinstance(items, int | float) or not math.isfinite(items) or items <= 0:
+        raise ValueError("a contribution is that of some samples")
+    step, base, sequence = _whole(frame["step"], 0), _whole(frame["base"], 0), _whole(frame["sequence"])
+    gift = Gift(_name(frame["site"]), sequence, base, float(items), _name(frame["life"]))
+    return Content(gift, step, payload, buffers)

@@ -1,0 +1,115 @@
+"""A site's way to the meeting place. What fails on the way is tried again; asking twice is as asking once."""
+
+from __future__ import annotations
+
+import http.client
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any
+
+from samestep.errors import MismatchError, NonFiniteError, PeerError, SettingsError
+from samestep.sites import proof
+from samestep.storage import wire
+
+_TRY_SECONDS = 30.0
+"""For one question, connecting and the content's way included; the place holds it back for less."""
+_PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0)
+_ERRORS = {409: MismatchError, 422: NonFiniteError}
+
+
+class Unreachable(Exception):
+    """The meeting place did not answer for some time."""
+
+
+class Unproven(Exception):
+    """Somebody answered who does not know the secret, or the answer was changed on its way."""
+
+
+class Visitor:
+    """Asks the meeting place."""
+
+    def __init__(self, host: str, port: int, secret: bytes, stops: Callable[[], bool] = lambda: False):
+        """Name the place; nothing is sent yet.
+
+        Args:
+            host, port: where it is.
+            secret: see `proof.read_secret`.
+            stops: whether to give up waiting.
+        """
+        self._host = host
+        self._port = port
+        self._secret = secret
+        self._stops = stops
+        self._has_met = False
+
+    def ask(self, path: str, frame: Any, seconds: float) -> tuple[int, Any]:
+        """Return status and content of the answer.
+
+        Args:
+            path: the question.
+            frame: plain values and tensors.
+            seconds: for which it is tried again where nobody answers.
+
+        Raises:
+            Unreachable: nobody answered.
+            MismatchError: whoever answered never knew the secret; or the place says so.
+            NonFiniteError: the place says so.
+            PeerError: it does not take the question.
+        """
+        until, pauses, body = time.monotonic() + seconds, iter(_PAUSES), wire.pack(frame)
+        while True:
+            try:
+                status, content = self._once(path, body)
+                self._has_met = True
+                break
+            except (OSError, http.client.HTTPException, Unproven) as error:
+                if isinstance(error, Unproven) and not self._has_met:
+                    raise MismatchError(str(error)) from error
+                pause = next(pauses, _PAUSES[-1])
+                if self._stops() or time.monotonic() + pause > until:
+                    raise Unreachable(f"{self._host}:{self._port} does not answer: {error}") from error
+                time.sleep(pause)
+        if status in _ERRORS:
+            raise _ERRORS[status](content["error"])
+        if status not in (200, 202, 404, 410):
+            raise PeerError(f"The meeting place at {self._host}:{self._port} refused {path} ({status}): {content}")
+        return status, content
+
+    def _once(self, path: str, body: bytes) -> tuple[int, Any]:
+        nonce, digest = secrets.token_hex(16), proof.digest(body).hex()
+        headers = {
+            "Samestep-Nonce": nonce,
+            "Samestep-Digest": digest,
+            "Samestep-Proof": proof.sign(self._secret, path.encode(), nonce.encode(), digest.encode()),
+        }
+        connection = http.client.HTTPConnection(self._host, self._port, timeout=_TRY_SECONDS)
+        try:
+            connection.request("POST", path, body, headers)
+            reply = connection.getresponse()
+            content = reply.read()
+        finally:
+            connection.close()
+        parts = (b"reply", nonce.encode(), b"%d" % reply.status, proof.digest(content))
+        if not proof.holds(reply.getheader("Samestep-Proof", ""), self._secret, *parts):
+            raise Unproven(
+                f"What answers at {self._host}:{self._port} (status {reply.status}) does not know the secret, or is no "
+                f"meeting place. Give `samestep meet` and all sites the same file."
+            )
+        return reply.status, wire.unpack(content)
+
+
+def address_of(at: str, least_port: int = 1) -> tuple[str, int]:
+    """Return host and port of "host:port".
+
+    Args:
+        at: the address.
+        least_port: 0 where the system may choose one.
+
+    Raises:
+        SettingsError: it is something else.
+    """
+    host, _, port = at.rpartition(":") if isinstance(at, str) else ("", "", "")
+    if not host or not port.isascii() or not port.isdigit() or not least_port <= int(port) < 65536:
+        raise SettingsError(f"You named {at!r} as the meeting place; it has the form host:port, as 10.0.0.1:7077.")
+    return host.strip("[]"), int(port)
