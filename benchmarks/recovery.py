@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,11 @@ class Killer(Weather):
 
     Attributes:
         whole: seconds from each kill until its worker was replaced.
+        starts_again: the last kill made all start again.
     """
 
-    whole: dict[int, float] | None = None
+    whole: dict[int, float] = field(default_factory=dict)
+    starts_again: bool = False
 
     def poll(self, now: float, victims: Sequence[Any]) -> None:
         count = self.snapshots.num_calls
@@ -48,20 +50,22 @@ class Killer(Weather):
         is_down = last is not None and last.recovered_after is None and last.noticed_after is not None
         if last is not None and is_down and count > last.num_calls:
             last.recovered_after = now - last.at
+            if self.due == float("inf") and self.starts_again:
+                self.due = now + self.every
         alive = [victim for victim in victims if victim.is_alive]
         if now >= self.due and len(alive) == len(victims) and count:
             victim = self.draw.choice(alive)
             self.strikes.append(Strike(Fault("kill"), (victim.rank,), now, count))
             victim.send_signal(9)
             # Until it is heard that the worker is back.
-            self.due = float("inf")
+            self.due, self.starts_again = float("inf"), False
 
     def hear(self, text: str, now: float) -> None:
-        if text.endswith("is back.") or "start again" in text:
-            assert self.whole is not None
-            if text.endswith("is back."):
-                self.whole[len(self.strikes) - 1] = now - self.strikes[-1].at
+        if text.endswith("is back."):
+            self.whole[len(self.strikes) - 1] = now - self.strikes[-1].at
             self.due = now + self.every
+        # Then all are there once there is a new step.
+        self.starts_again |= "start again" in text
 
 
 def line_of(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -121,10 +125,10 @@ def main() -> None:
     assert not calm.wrong, calm.wrong
     draw, rounds = random.Random(args.seed), []
     while sum(len(r.strikes) for r, _ in rounds) < args.kills:
-        killer = Killer(args.every, draw, time.monotonic() + 1.0, whole={})
+        killer = Killer(args.every, draw, time.monotonic() + 1.0)
         made = play(program, args.workers, killer)
         made.wrong += [f"{key} differs" for key in SAME if made.facts and made.facts[key] != calm.facts[key]]
-        rounds.append((made, killer.whole or {}))
+        rounds.append((made, killer.whole))
         print(f"{made.seconds:.1f} s, {len(made.strikes)} kills: {'; '.join(made.wrong) or 'same bits'}", flush=True)
     shown = tables(rounds, args.workers)
     show(shown, where)

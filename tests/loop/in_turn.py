@@ -88,7 +88,7 @@ class Agreed:
         self.fleet = fleet
         self.tolerance = Tolerance("stop")
         self.allowance = Allowance(rule)
-        self.begin_pass = self.begin_shard = self.leave_shard = self.end_shard = self.settle = nothing
+        self.begin_pass = self.begin_shard = self.leave_shard = self.end_shard = self.settle = self.end = nothing
         self.facts = dict
         self.can_move = True
         self.claims = False

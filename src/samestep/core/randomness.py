@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 
 import numpy as np
@@ -17,12 +18,21 @@ def key(*parts: int) -> int:
     Each part is absorbed by one round of the splitmix64 finaliser (Steele, Lea, Flood, OOPSLA 2014), so keys of
     neighbouring steps or replicas are unrelated.
     """
-    state = _GOLDEN
-    for part in (len(parts), *parts):
+    # The first parts are the same for all steps of a run, and a replay seeds for thousands.
+    return _absorb(_begun(len(parts), *parts[:2]), *parts[2:])
+
+
+def _absorb(state: int, *parts: int) -> int:
+    for part in parts:
         state = (state ^ (part & _MASK)) * 0xBF58476D1CE4E5B9 & _MASK
         state = (state ^ state >> 31) * 0x94D049BB133111EB & _MASK
         state = (state ^ state >> 29) + _GOLDEN & _MASK
     return state
+
+
+@functools.lru_cache(maxsize=64)
+def _begun(*parts: int) -> int:
+    return _absorb(_GOLDEN, *parts)
 
 
 def seed_everything(seed_key: int) -> None:

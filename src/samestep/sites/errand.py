@@ -124,7 +124,9 @@ class Errand:
         frame: dict[str, Any] = {"site": self._site, "terms": self._terms, "start": None, "again": again}
         status, content = self._ask("/join", frame)
         if status == 202:
-            _, content = self._ask("/join", {**frame, "start": start()})
+            status, content = self._ask("/join", {**frame, "start": start()})
+        if status != 200:
+            raise PeerError(f"The meeting place does not take site {self._site!r} ({status}): {content}")
         self._has_joined = True
         return content
 

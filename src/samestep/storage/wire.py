@@ -15,6 +15,7 @@ import torch
 
 _ALIGNMENT = 64
 _MARK = "$"
+_MARK_TEXT = b'"$"'
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -47,7 +48,11 @@ def unpack(frame: bytes) -> Any:
     try:
         size = int.from_bytes(view[:8], "little")
         end = 8 + size
-        tree = json.loads(bytes(view[8:end]))
+        text = bytes(view[8:end])
+        tree = json.loads(text)
+        if _MARK_TEXT not in text and isinstance(tree, dict | list):
+            # As it is: a replay reads thousands of these.
+            return tree
         return _from_tree(tree, view, [end])
     except (IndexError, KeyError, TypeError, RuntimeError, RecursionError) as error:
         raise ValueError(f"This is not a samestep frame: {error}") from error
