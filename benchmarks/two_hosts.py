@@ -20,6 +20,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,8 +49,10 @@ WAYS: dict[str, tuple[Any, int]] = {
         samestep.Local(every=64, warm_up=1, codec=Int8(), delay=8),
         128,
     ),
+    "Sites(every=64, codec=Int8(), back=Int8())": (None, 128),
 }
-"""What is compared, and in how many timed steps."""
+"""What is compared, and in how many timed steps. Sites are runs of one replica each, which meet at the first host."""
+MEETING = f"{ADDRESSES[0]}:{PORT + 1}"
 
 
 def example() -> Any:
@@ -71,12 +74,17 @@ def train(run: samestep.Run, name: str) -> dict[str, Any]:
     """Train under one of the ways; return seconds and bytes per step."""
     bytes_py, (way, num_steps) = example(), WAYS[name]
     train_set, _ = bytes_py.load_windows()
+    batch_size = bytes_py.BATCH_SIZE
+    if way is None:
+        site, secret = os.environ["SITE"], os.environ["SECRET"]
+        way = samestep.Sites(at=MEETING, name=site, every=64, codec=Int8(), back=Int8(), secret=secret)
+        batch_size //= 2
     model = bytes_py.GPT()
     optimizer = torch_optimizer(model, bytes_py.LEARNING_RATE)
     run.replicate(model, optimizer, agree=way)
 
     def steps(count: int) -> None:
-        for step in run.steps(train_set, bytes_py.BATCH_SIZE, steps=count):
+        for step in run.steps(train_set, batch_size, steps=count):
             for windows in step:
                 loss, counts = bytes_py.losses(model, windows, bf16=False)
                 step.backward(loss.sum() / counts.sum(), count=counts.sum().item())
@@ -124,6 +132,8 @@ def hosts(rate: str) -> Iterator[None]:
 
 def play(way: str, limit: float) -> dict[str, Any]:
     """Train on both hosts; return what the first worker told."""
+    if WAYS[way][0] is None:
+        return play_sites(way, limit)
     started = []
     for number, (name, end) in enumerate(zip(NAMES, CABLE, strict=True)):
         command = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
@@ -144,10 +154,38 @@ def play(way: str, limit: float) -> dict[str, Any]:
     return json.loads(lines[-1])
 
 
+def play_sites(way: str, limit: float) -> dict[str, Any]:
+    """Train on both hosts, a run on each; return what that on the first told."""
+    started = []
+    with tempfile.TemporaryDirectory() as folder:
+        secret = Path(folder) / "secret"
+        secret.write_text("between these two hosts")
+        inside = ["ip", "netns", "exec"]
+        meet = [*inside, NAMES[0], sys.executable, "-m", "samestep", "meet", MEETING, "--secret", str(secret)]
+        place = subprocess.Popen(meet, stdout=subprocess.PIPE, text=True)
+        assert place.stdout is not None
+        try:
+            place.stdout.readline()
+            for name in NAMES:
+                environment = {**os.environ, "SITE": name, "SECRET": str(secret), "OMP_NUM_THREADS": "1"}
+                command = [*inside, name, sys.executable, str(HERE), "--worker", way]
+                started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+            told, _ = started[0].communicate(timeout=limit)
+            started[1].wait(timeout=60)
+        finally:
+            for process in (place, *started):
+                process.terminate()
+                process.wait()
+    return json.loads([line for line in told.splitlines() if line.startswith("{")][-1])
+
+
 def worker(way: str) -> None:
     """Be a worker; the first prints what was measured."""
-    told = samestep.launch(lambda run: train(run, way), replicas=2, seed=0)
-    if os.environ.get("RANK") == "0":
+    if WAYS[way][0] is None:
+        told = samestep.launch(lambda run: train(run, way), replicas=1, workers=1, seed=NAMES.index(os.environ["SITE"]))
+    else:
+        told = samestep.launch(lambda run: train(run, way), replicas=2, seed=0)
+    if os.environ.get("RANK", "0") == "0":
         print("\n" + json.dumps(told), flush=True)
 
 

@@ -134,7 +134,7 @@ def visit(group: Any, settings: dict[str, Any], tricks: dict[str, Any] | None = 
     number = group.worker.rank
     mine = (tricks or {}).get(str(number), {})
     settings = dict(settings)
-    for name in ("outer", "codec"):
+    for name in ("outer", "codec", "back"):
         if name in settings:
             kind, *arguments = settings[name]
             settings[name] = getattr(samestep if name == "outer" else samestep.codecs, kind)(*arguments)
@@ -160,10 +160,9 @@ def visit(group: Any, settings: dict[str, Any], tricks: dict[str, Any] | None = 
 
 
 def one_site(at: str, secret: str | None = None) -> samestep.Sites:
-    codec = samestep.codecs.Feedback(samestep.codecs.Int8(block=16))
-    return samestep.Sites(
-        at=at, name="alone", every=3, quorum=1, codec=codec, outer=samestep.Nesterov(0.5, 0.5), secret=secret
-    )
+    codec, back = samestep.codecs.Feedback(samestep.codecs.Int8(block=16)), samestep.codecs.TopK(0.4)
+    outer = samestep.Nesterov(0.5, 0.5)
+    return samestep.Sites(at=at, name="alone", every=3, quorum=1, codec=codec, back=back, outer=outer, secret=secret)
 
 
 def play_alone(group, at: str) -> str:

@@ -64,8 +64,8 @@ def train(run: samestep.Run, way: samestep.Sites, number: int) -> str:
 
 
 def way_of(at: str, name: str, secret: str | None) -> samestep.Sites:
-    codec = samestep.codecs.Int8(block=16)
-    return samestep.Sites(at, name, every=5, outer=samestep.Nesterov(0.7, 0.5), codec=codec, secret=secret)
+    codec, outer = samestep.codecs.Int8(block=16), samestep.Nesterov(0.7, 0.5)
+    return samestep.Sites(at, name, every=5, outer=outer, codec=codec, back=codec, secret=secret)
 
 
 def main(run: samestep.Run) -> str:

@@ -57,7 +57,7 @@ def test_a_contribution_moves_the_weights_once():
         for _ in range(3):
             told = errand.give(contribution(), dict)
             assert (told.round, told.made) == (1, 1)
-            assert torch.equal(told.state["weights"][0], WEIGHTS[0] - 1)
+            assert torch.equal(told.weights[0], WEIGHTS[0] - 1)
 
 
 @pytest.mark.parametrize(
@@ -203,6 +203,7 @@ def test_who_is_not_there_is_said_to_be():
         {"patience": float("inf")},
         {"outer": 3},
         {"codec": "int8"},
+        {"back": "int8"},
         {"inner": samestep.Local()},
     ],
 )

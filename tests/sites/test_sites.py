@@ -34,6 +34,23 @@ def test_sites_are_as_replicas_that_step_by_themselves(fleet, outer, codec):
         assert site["standings"][-1]["counted"] == 3
 
 
+def test_what_comes_back_compressed_is_the_same_on_all_sites(fleet, monkeypatch):
+    """And where a site comes to other weights by it, it asks for the weights themselves."""
+    settings = {**SETTINGS, "codec": ["Int8"], "back": ["TopK", 0.2], "outer": ["Nesterov", 0.5, 0.5]}
+    weights, asked = [], []
+    for spoils in (False, True):
+        with meeting() as place:
+            since, newest = place.place._since, place.place.newest
+            if spoils:
+                monkeypatch.setattr(place.place, "_since", lambda base, since=since: {**since(base), "digest": "other"})
+            monkeypatch.setattr(place.place, "newest", lambda newest=newest: asked.append(1) or newest())
+            sites = fleet.play(visit, "bare", 2, settings={**settings, "at": place.at})
+        assert sites[0]["weights"] == sites[1]["weights"]
+        weights.append(sites[0]["weights"])
+        assert len(asked) == (6 if spoils else 0)
+    assert weights[0] == weights[1]
+
+
 def test_who_is_late_counts_in_a_later_round(fleet, tmp_path):
     file = tmp_path / "go on"
     # Site 1 comes to its first contribution when two rounds are made without it.

@@ -171,7 +171,7 @@ class Live(Playing):
         """Take, in a worker that joins, the plain values that `state` gave; tensors lie in the group's memory."""
 
     def end(self) -> None:
-        """The run has come to its end: take leave of whoever is beyond it."""
+        """Main has ended: take leave of whoever is beyond this run. Collective."""
 
     def facts(self) -> dict[str, Any]:
         """Return what the summary of the run says about it. Collective."""

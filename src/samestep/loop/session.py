@@ -238,8 +238,8 @@ class Session:
         if self.replay.saved is not None:
             saved = self.replay.saved.path
             raise MismatchError(f"The script ended before the point where the checkpoint {saved} was made.")
-        self.keeper.at_end()
         self.agreed.end()
+        self.keeper.at_end()
         weights = tensors_digest(self.model.named_tensors())
         states = [trained.update.full_state() for trained in self.model.trained]
         mine = {**self.record.facts(), **self.crew.facts(), "weights": weights}

@@ -6,9 +6,11 @@ import contextlib
 import secrets
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 from samestep.errors import PeerError
 from samestep.sites.visitor import Unreachable, Visitor
@@ -30,13 +32,19 @@ class Told:
         round: rounds made.
         made: the round that a contribution counts in; -1: in none.
         sequence: number of the site's last contribution.
-        state: `weights` and `buffers` after that round.
+        buffers: after that round.
+        weights: after that round, unless
+        changes: of each round since the site had weights, encoded; and
+        digest: of the weights that come of them.
     """
 
     round: int
     made: int
     sequence: int
-    state: dict[str, Any]
+    buffers: torch.Tensor
+    weights: Sequence[torch.Tensor] | None
+    changes: Sequence[bytes] = ()
+    digest: str = ""
 
 
 class Errand:
@@ -91,7 +99,7 @@ class Errand:
             Unreachable: there is no answer for now.
             MismatchError, NonFiniteError, PeerError: the place refuses it.
         """
-        question = {"site": self._site, "sequence": frame["sequence"]}
+        question = {"site": self._site, "sequence": frame["sequence"], "base": frame["base"]}
         since, has_told, is_given = time.monotonic(), False, False
         while True:
             if not self._has_joined:
@@ -120,6 +128,18 @@ class Errand:
             if not is_given:
                 time.sleep(_PAUSE)
 
+    def newest(self, told: Told) -> Told:
+        """Return the newest weights, where the changes that were told do not lead to them.
+
+        Raises:
+            Unreachable, PeerError: there is no answer.
+        """
+        status, content = self._ask("/newest", {"site": self._site})
+        if status != 200:
+            raise PeerError(f"The meeting place has no weights any more ({status}): {content}")
+        newest = _told(content, told.sequence)
+        return replace(newest, made=told.made)
+
     def _join(self, start: Start, again: bool) -> dict[str, Any]:
         frame: dict[str, Any] = {"site": self._site, "terms": self._terms, "start": None, "again": again}
         status, content = self._ask("/join", frame)
@@ -144,5 +164,8 @@ class Errand:
 
 
 def _told(content: dict[str, Any], sequence: int) -> Told:
-    made = content.get("made", -1)
-    return Told(content["round"], made, content.get("sequence", sequence), wire.unpack(content["state"]))
+    known = content["round"], content.get("made", -1), content.get("sequence", sequence)
+    if "changes" in content:
+        return Told(*known, content["buffers"], None, content["changes"], content["digest"])
+    state = wire.unpack(content["state"])
+    return Told(*known, state["buffers"], state["weights"])

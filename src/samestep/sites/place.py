@@ -1,14 +1,17 @@
 """The meeting place: the weights that all sites start from, and what becomes of what they bring.
 
 A round adds the sites' contributions along the tree, in the order of their names, each with the share of its samples,
-and gives the sum to the outer optimizer as a gradient. Buffers become the mean of the sites' own. What a round has made
-is on disk before anybody is told of it.
+and gives the sum to the outer optimizer as a gradient. Buffers become the mean of the sites' own. Where the way back is
+compressed, what a round changes is encoded, with error feedback, and the weights become what a site that decodes it
+comes to. What a round has made is on disk before anybody is told of it.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+import zlib
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +19,18 @@ from typing import Any
 
 import torch
 
+from samestep.codecs import Exact, Feedback, State
 from samestep.core.buffers import join
 from samestep.core.tree import middle
 from samestep.errors import CheckpointError, MismatchError, NonFiniteError, StorageError, UsageError
 from samestep.sites.table import Answer, Gift, Table
 from samestep.sites.terms import check_alike, codec_of, from_values
 from samestep.storage import checkpoint, wire
+from samestep.storage.digest import tensors_digest
 
 _KEPT = 2
 """States on disk."""
+_NUMBER = zlib.crc32(b"the meeting place")
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ class Place:
             sequence = self._table.join(site, life)
             self._tell(f"Site {site!r} {'is back' if again else 'takes part'}; {self._counted()}.")
             self._changed.notify_all()
-            return {} if again else {"sequence": sequence, **self._newest()}
+            return {} if again else {"sequence": sequence, **self._state()}
 
     def give(self, content: Content) -> Answer:
         """Take a contribution.
@@ -140,8 +146,24 @@ class Place:
             self._tell(f"Site {site!r} has come to its end; {self._counted()}.")
             self._changed.notify_all()
 
-    def outcome(self, site: str, sequence: int, seconds: float) -> dict[str, Any] | None:
+    def newest(self) -> dict[str, Any]:
+        """Return the newest state.
+
+        Raises:
+            UsageError: nobody has joined.
+        """
+        with self._changed:
+            self._table_now()
+            return self._state()
+
+    def outcome(self, site: str, sequence: int, base: int, seconds: float) -> dict[str, Any] | None:
         """Return what became of a contribution, or None if that is not known after some seconds.
+
+        Args:
+            site: its name.
+            sequence: number of the contribution.
+            base: the round after which the site has the weights.
+            seconds: to wait.
 
         Raises:
             UsageError: nobody has joined.
@@ -157,7 +179,7 @@ class Place:
                     self._make_round()
                 made = self._table.made(site, sequence)
                 if made is not None:
-                    return {"made": made, **self._newest()}
+                    return {"made": made, **self._since(base)}
                 if now >= until:
                     return None
                 self._changed.wait(min(until - now, due if due is not None else seconds))
@@ -181,7 +203,10 @@ class Place:
         if shapes != terms["weights"] or buffers.dtype != torch.uint8 or buffers.numel() != terms["buffers"]["bytes"]:
             raise ValueError("The weights are others than the site says.")
         settings = terms["settings"]
-        self._codec = codec_of(settings["codec"])
+        self._codec, back = codec_of(settings["codec"]), codec_of(settings["back"])
+        self._back = back if back.unbiased or isinstance(back, Feedback) else Feedback(back)
+        self._kept: list[State] = [self._back.fresh(w.shape, w.dtype) for w in weights]
+        self._changes: deque[bytes] = deque(maxlen=settings["bound"] + 1)
         self._parameters = [torch.nn.Parameter(w.clone()) for w in weights]
         self._optimizer = from_values(settings["outer"]).make(self._parameters)
         self._buffers = buffers.clone()
@@ -232,10 +257,14 @@ class Place:
             mid = middle(lo, hi)
             return [a.add_(b) for a, b in zip(summed(lo, mid), summed(mid, hi), strict=True)]
 
+        before = [parameter.detach().clone() for parameter in self._parameters]
         for parameter, gradient in zip(self._parameters, summed(0, len(gifts)), strict=True):
             parameter.grad = gradient.to(parameter.dtype)
         self._optimizer.step()
         self._optimizer.zero_grad()
+        # A difference of which nothing is left out is as long as the weights, which say it to the bit.
+        if not isinstance(self._back, Exact):
+            self._changes.append(self._encoded(before))
         if self._buffers.numel():
             join(self._segments, [content.buffers for content in contents], shares, self._buffers)
         self._answer = b""
@@ -245,7 +274,26 @@ class Place:
         self._tell(f"Round {self._table.num_rounds}: {', '.join(g.site for g in gifts)}{words}.")
         self._changed.notify_all()
 
-    def _newest(self) -> dict[str, Any]:
+    def _encoded(self, before: Sequence[torch.Tensor]) -> bytes:
+        """Return what the round changes, encoded, and let the weights be what comes of that."""
+        step, payloads = self._table.num_rounds - 1, []
+        codec = self._back.at(step)
+        for index, (parameter, old) in enumerate(zip(self._parameters, before, strict=True)):
+            payload = codec.encode(old - parameter.detach(), (_NUMBER, step, index), self._kept[index])
+            parameter.data.copy_(old - codec.decode(payload, old.shape, old.dtype))
+            payloads.append(payload)
+        return bytes(wire.bytes_of(torch.cat(payloads)))
+
+    def _since(self, base: int) -> dict[str, Any]:
+        """Return what a site needs that has the weights of an earlier round: the changes since, or the newest state."""
+        count = self._table.num_rounds - base
+        if not 0 < count <= len(self._changes):
+            return self._state()
+        digest = tensors_digest((str(i), p.detach()) for i, p in enumerate(self._parameters))
+        changes = list(self._changes)[-count:]
+        return {"round": self._table.num_rounds, "changes": changes, "digest": digest, "buffers": self._buffers}
+
+    def _state(self) -> dict[str, Any]:
         """Return the newest state: how many rounds are made, and `state`, weights and buffers as packed bytes."""
         if not self._answer:
             weights = [p.detach() for p in self._parameters]
@@ -263,6 +311,7 @@ class Place:
         state = self._optimizer.state_dict()["state"]
         tensors = {f"outer.{i}.{name}": v for i, kept in state.items() for name, v in kept.items() if _is_tensor(v)}
         numbers = {i: {name: v for name, v in kept.items() if not _is_tensor(v)} for i, kept in state.items()}
+        tensors |= {f"codec.{i}.{name}": v for i, kept in enumerate(self._kept) for name, v in kept.items()}
         weights = {f"{i}": p.detach() for i, p in enumerate(self._parameters)}
         if self._buffers.numel():
             tensors["buffers"] = self._buffers
@@ -285,9 +334,12 @@ class Place:
             self._table.load(facts["table"])
             state: dict[int, dict[str, Any]] = {int(i): dict(kept) for i, kept in facts["outer"].items()}
             for name, tensor in saved.state.items():
-                if name.startswith("outer."):
-                    _, index, key = name.split(".", 2)
+                role, _, rest = name.partition(".")
+                index, _, key = rest.partition(".")
+                if role == "outer":
                     state.setdefault(int(index), {})[key] = tensor
+                elif role == "codec":
+                    self._kept[int(index)][key] = tensor
             groups = self._optimizer.state_dict()["param_groups"]
             self._optimizer.load_state_dict({"state": state, "param_groups": groups})
         except (KeyError, TypeError, ValueError) as error:

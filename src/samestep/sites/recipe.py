@@ -51,6 +51,7 @@ class Sites(Agreement):
         every: steps of a site from one contribution to the next.
         outer: what becomes of the mean of what the sites learned.
         codec: how that is compressed on its way, with error feedback where it leaves something out.
+        back: how what a round changes is compressed on its way back, likewise; whole weights come back by default.
         quorum: sites that a round needs.
         patience: seconds for which a round waits for further sites after that; and for which a site tries to reach the
             place before it goes on alone.
@@ -64,6 +65,7 @@ class Sites(Agreement):
     every: int = 64
     outer: Outer = field(default_factory=Average)
     codec: Codec = field(default_factory=Exact)
+    back: Codec = field(default_factory=Exact)
     quorum: int = 2
     patience: float = 60.0
     bound: int = 8
@@ -83,11 +85,13 @@ class Sites(Agreement):
             raise SettingsError(f"You set Sites(patience={patience!r}); it must be a number of seconds above 0.")
         if not isinstance(self.outer, Outer):
             raise SettingsError(f"You set Sites(outer={self.outer!r}); use Average(), Nesterov(lr=0.7), or alike.")
-        if not isinstance(self.codec, Codec):
-            raise SettingsError(f"You set Sites(codec={self.codec!r}); use samestep.codecs.Int8() or alike.")
+        for name in ("codec", "back"):
+            if not isinstance(getattr(self, name), Codec):
+                value = getattr(self, name)
+                raise SettingsError(f"You set Sites({name}={value!r}); use samestep.codecs.Int8() or alike.")
         if type(self.inner) is not Synchronous:
             raise SettingsError(f"You set Sites(inner={self.inner!r}); use Synchronous(), with a codec if you like.")
-        to_values(self.outer), to_values(self.codec)
+        self.settings()
 
     def prepare(self, options: Options) -> Options:
         return self.inner.prepare(options)
@@ -97,6 +101,7 @@ class Sites(Agreement):
         return {
             "outer": to_values(self.outer),
             "codec": to_values(self.codec),
+            "back": to_values(self.back),
             "quorum": self.quorum,
             "patience": float(self.patience),
             "bound": self.bound,
@@ -114,7 +119,7 @@ class LiveSites(LiveSynchronous):
     def __init__(self, *bound: Any):
         super().__init__(*bound)
         recipe = self.recipe
-        self._site = Site(recipe.name, recipe.codec, self.model, self.group)
+        self._site = Site(recipe.name, recipe.codec, recipe.back, self.model, self.group)
         host, port = address_of(recipe.at)
         visitor = Visitor(host, port, read_secret(recipe.secret, host), self._stops)
         terms = {"settings": recipe.settings(), **self._site.shapes()}
@@ -136,18 +141,19 @@ class LiveSites(LiveSynchronous):
             standing.items += outcome.read[0]
         # A step may have several updates.
         standing.updates += request.optimizer == 0 and request.seeds[2] == 0
-        # Not in the first step: where it joined is kept only at that step's end.
-        if standing.updates >= max(self.recipe.every, 1 if standing.has_given else 2) and standing.items:
+        if standing.updates >= self.recipe.every and self._may_give:
             self._visit(request.where)
         return outcome
 
     def settle(self) -> None:
-        site = self._site
-        if site.standing.has_joined and (site.standing.items or site.gift is not None):
+        if self._may_give or self._site.gift is not None:
             self._visit(line_of_user())
 
     def end(self) -> None:
-        if self._site.standing.has_joined and self.group.worker.is_first:
+        standing = self._site.standing
+        if standing.has_joined and standing.items:
+            self._visit(line_of_user())
+        if standing.has_joined and self.group.worker.is_first:
             self._errand.leave()
 
     def reseat(self) -> None:
@@ -175,6 +181,12 @@ class LiveSites(LiveSynchronous):
 
     def facts(self) -> dict[str, Any]:
         return {**super().facts(), "agreement": repr(self.recipe), "site": asdict(self._site.standing)}
+
+    @property
+    def _may_give(self) -> bool:
+        """Whether there is something to give; not in the first step, since where it joined is kept at its end."""
+        standing = self._site.standing
+        return standing.has_joined and standing.items > 0 and (standing.has_given or standing.updates > 1)
 
     def _stops(self) -> bool:
         return self.calls.is_ordered(Wish.STOP)

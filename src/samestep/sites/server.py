@@ -1,8 +1,9 @@
-"""The meeting place, over HTTP. Four questions, each a POST of a packed frame:
+"""The meeting place, over HTTP. Five questions, each a POST of a packed frame:
 
     /join      a site takes part: settings and shapes; the first brings its weights
     /give      a contribution
     /outcome   what became of one; held back for some seconds where that is not known yet
+    /newest    the newest weights
     /leave     a site has come to its end
 
 Every question carries a proof (`proof`) in its headers, which is looked at before its content is read. Frames are as
@@ -123,10 +124,13 @@ class _Handler(BaseHTTPRequestHandler):
                     answer = self.server.place.give(_content(frame))
                     return 202 if answer is Answer.LATER else 200, wire.pack({"answer": answer.value})
                 case "/outcome":
-                    found = self.server.place.outcome(_name(frame["site"]), _whole(frame["sequence"]), HOLD_SECONDS)
+                    site, sequence, base = _name(frame["site"]), _whole(frame["sequence"]), _whole(frame["base"], 0)
+                    found = self.server.place.outcome(site, sequence, base, HOLD_SECONDS)
                     if found is None:
                         return 202, wire.pack({"missing": self.server.place.missing()})
                     return 200, wire.pack(found)
+                case "/newest":
+                    return 200, wire.pack(self.server.place.newest())
                 case "/leave":
                     self.server.place.leave(_name(frame["site"]))
                     return 200, wire.pack({})

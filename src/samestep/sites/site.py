@@ -6,7 +6,7 @@ The first worker goes to the meeting place (`go`); the others take what it bring
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from samestep.sites.baseline import Baseline
 from samestep.sites.errand import Errand, Told
 from samestep.sites.visitor import Unreachable
 from samestep.storage import wire
+from samestep.storage.digest import tensors_digest
 
 _NOTHING = torch.empty(0, dtype=torch.uint8)
 _ROLES = ("anchor", "mark")
@@ -68,18 +69,20 @@ class Site:
         gift: what was given, and not answered; the frame of `/give`.
     """
 
-    def __init__(self, name: str, codec: Codec, model: Model, group: Group):
+    def __init__(self, name: str, codec: Codec, back: Codec, model: Model, group: Group):
         """Begin before it has joined. Collective.
 
         Args:
             name: of the site.
             codec: how contributions are compressed.
+            back: how changes are that come back.
             model: what was replicated.
             group: the workers.
         """
         self.name = name
         self.standing = Standing()
         self.gift: dict[str, Any] | None = None
+        self._back = back
         self._model = model
         self._group = group
         # Sites with one seed draw other random numbers.
@@ -135,14 +138,14 @@ class Site:
         if not standing.has_joined:
             told = errand.join(self._start)
             standing.sequence = told.sequence
-            buffers = self._land(told, since_mark=False)
+            buffers = self._land(told, errand, since_mark=False)
         is_new = False
         try:
             if self.gift is not None:
-                self._land(errand.give(self.gift, self._start), since_mark=True)
+                self._land(errand.give(self.gift, self._start), errand, since_mark=True)
             if standing.items:
                 self.gift, is_new = self._encoded(), True
-                buffers = self._land(errand.give(self.gift, self._start), since_mark=False)
+                buffers = self._land(errand.give(self.gift, self._start), errand, since_mark=False)
         except Unreachable:
             standing.missed += 1
             for baseline in self._baselines if is_new else ():
@@ -172,20 +175,37 @@ class Site:
         standing.items, standing.updates, standing.has_given = 0.0, 0, True
         return gift
 
-    def _land(self, told: Told, since_mark: bool) -> torch.Tensor:
+    def _land(self, told: Told, errand: Errand, since_mark: bool) -> torch.Tensor:
         """Go on from what the place told; return the buffers that belong to it."""
         standing = self.standing
+        weights = told.weights if told.weights is not None else self._changed(told)
+        if weights is None:
+            told = errand.newest(told)
+            weights = told.weights
+        assert weights is not None
         if self.gift is not None:
             standing.counted += told.made >= 0
             standing.late += told.made > self.gift["base"] + 1
             standing.refused += told.made < 0
             self.gift = None
         standing.round = told.round
-        weights: Sequence[torch.Tensor] = told.state["weights"]
         for baseline in self._baselines:
             mine, weights = weights[: len(baseline.anchor)], weights[len(baseline.anchor) :]
             baseline.land(mine, since_mark)
-        return told.state["buffers"]
+        return told.buffers
+
+    def _changed(self, told: Told) -> list[torch.Tensor] | None:
+        """Return the weights that come of the anchors by the changes that were told; None if they are others there."""
+        weights: list[torch.Tensor] = []
+        for baseline in self._baselines:
+            weights += [anchor.cpu().contiguous().clone() for anchor in baseline.anchor]
+        for step, message in enumerate(told.changes, told.round - len(told.changes)):
+            codec, payload, start = self._back.at(step), torch.frombuffer(bytearray(message), dtype=torch.uint8), 0
+            for weight in weights:
+                stop = start + codec.num_bytes(weight.shape, weight.dtype)
+                weight.sub_(codec.decode(payload[start:stop], weight.shape, weight.dtype))
+                start = stop
+        return weights if tensors_digest((str(i), w) for i, w in enumerate(weights)) == told.digest else None
 
     def _start(self) -> dict[str, Any]:
         """Return the weights and buffers that others shall start from, if this site is the first."""
