@@ -21,7 +21,8 @@ import torch
 
 from samestep.errors import CheckpointError, MismatchError, NonFiniteError, SettingsError, UsageError
 from samestep.sites import proof
-from samestep.sites.place import Content, Place
+from samestep.sites.outer_state import Content
+from samestep.sites.place import Place
 from samestep.sites.table import Answer, Gift
 from samestep.storage import wire
 
