@@ -26,8 +26,8 @@ from small_fleet import Outcome, SmallFleet
 
 MOST_STEPS = 400
 PLACES = ("shard", "after", "mean", "move")
-WRITING = ("anchor", "go_on", "begin", "residual", "memory")
-"""Further places: just before a worker writes what its replicas go on from, in an update or round that is made."""
+WRITING = ("anchor", "go_on", "begin", "residual", "memory", "spread")
+"""Further places: just before a worker writes what its replicas go on from, in an update, round or edit that is made."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ CASES = (
     Case(2, ((1, 4, "go_on"),), way="Local", is_lost=True),
     Case(2, ((1, 4, "residual"),), way="Local", is_lost=True),
     Case(2, ((1, 5, "begin"),), way="Local", is_lost=True),
+    Case(2, ((1, 5, "spread"),), way="Local", is_lost=True),
     Case(2, ((1, 4, "residual"),), way="Synchronous", is_lost=True),
     Case(2, ((1, 4, "memory"),), is_lost=True),
 )
@@ -188,6 +189,9 @@ def trained(case: Case, board: Board, run: Any) -> dict[str, Any]:
                     mine.lerp_(theirs, 0.1)
             die("after")
             wait(case, board, run)
+        if case.way == "Local":
+            with run.edit():
+                model[4].bias.mul_(0.5)
         scheduler.step()
         noise += run.mean(accuracy, (x, y), 50) + run.once(lambda: len(losses))
     mean = float(sum(p.double().sum() for p in average.parameters()).detach())
@@ -197,11 +201,12 @@ def trained(case: Case, board: Board, run: Any) -> dict[str, Any]:
 def strike_writing(place: str, die: Callable[[str], None]) -> None:
     """Let a worker die at one of `WRITING`, if it is to."""
     from samestep.agree.coding import Coding
+    from samestep.agree.local import LiveLocal
     from samestep.agree.own import Own
     from samestep.core.per_replica import PerReplica
 
-    owner = {"residual": Coding, "memory": PerReplica}.get(place, Own)
-    name = place if owner is Own else "commit"
+    owner = {"residual": Coding, "memory": PerReplica, "spread": LiveLocal}.get(place, Own)
+    name = "commit" if owner in (Coding, PerReplica) else place
     act = getattr(owner, name)
 
     def struck(self: Any, *given: Any) -> None:
