@@ -175,3 +175,75 @@ def undisturbed(group: Any, at: str) -> str:
     name = "ab"[group.worker.rank]
     way = site_script.way_of(at, name, None)
     return play_one(Solo(), lambda run: site_script.train(run, way, ord(name)), 4, seed=3).result
+
+
+UNEVEN = [(6, 5), (2, 5)]
+"""Samples per step, and steps, of each of two sites."""
+
+
+def networks() -> tuple[nn.Module, list[torch.optim.Optimizer]]:
+    """Return a network with buffers, and two optimizers for parts of it."""
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
+    first = torch.optim.SGD([*model[0].parameters(), *model[1].parameters()], lr=0.05)
+    return model, [first, torch.optim.SGD(model[3].parameters(), lr=0.02, momentum=0.5)]
+
+
+def uneven_rows(number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the data of one of two sites."""
+    each, steps = UNEVEN[number]
+    x = torch.randn(each * steps, 3, generator=torch.Generator().manual_seed(number))
+    return x, x.sum(1, keepdim=True) * (1 + number)
+
+
+def uneven(group: Any, at: str) -> list[list[float]]:
+    """Program of a process: be one of two sites of uneven data, with two optimizers; return all tensors, flat."""
+    number = group.worker.rank
+    way = samestep.Sites(at, f"site {number}", every=2, patience=30.0)
+
+    def main(run: samestep.Run) -> Any:
+        model, optimizers = networks()
+        run.replicate(model, *optimizers, agree=way)
+        each, steps = UNEVEN[number]
+        for step in run.steps(uneven_rows(number), batch_size=each, steps=steps, shuffle=False):
+            for optimizer in optimizers:
+                for a, b in step:
+                    step.backward((model(a) - b).square().mean())
+                step.update(optimizer)
+        return [t.double().flatten().tolist() for t in (*model.parameters(), *model.buffers())]
+
+    return play_one(Solo(), main, 1).result
+
+
+def uneven_by_hand() -> list[list[float]]:
+    """Return what both come to, as the documentation has it."""
+    sites = [networks() for _ in UNEVEN]
+    outer = [t.detach().clone() for t in (*sites[0][0].parameters(), *sites[0][0].buffers())]
+
+    def meet(items: list[int]) -> None:
+        shares = [count / sum(items) for count in items]
+        tensors = [[*model.parameters(), *model.buffers()] for model, _ in sites]
+        for index, new in enumerate(outer):
+            if new.is_floating_point():
+                new.copy_(sum(share * own[index].detach() for share, own in zip(shares, tensors, strict=True)))
+            else:
+                new.copy_(tensors[0][index])
+            for own in tensors:
+                own[index].data.copy_(new)
+
+    counts = [0, 0]
+    for step in range(5):
+        for number_of_update in range(2):
+            for number, (model, optimizers) in enumerate(sites):
+                each = UNEVEN[number][0]
+                x, y = (t[step * each : (step + 1) * each] for t in uneven_rows(number))
+                for optimizer in optimizers:
+                    optimizer.zero_grad()
+                (model(x) - y).square().mean().backward()
+                optimizers[number_of_update].step()
+                counts[number] += each
+            # After the first update of every second step, and at the end.
+            if (step % 2, number_of_update) == (1, 0) or (step, number_of_update) == (4, 1):
+                meet(counts)
+                counts = [0, 0]
+    return [t.double().flatten().tolist() for t in outer]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
 import socket
 import threading
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,9 @@ from meeting import Meeting, meeting
 import samestep
 from samestep.errors import MismatchError, NonFiniteError, PeerError, SettingsError
 from samestep.sites import proof
-from samestep.sites.errand import Errand
+from samestep.sites import server as server_module
+from samestep.sites import visitor as visitor_module
+from samestep.sites.errand import Errand, Told
 from samestep.sites.proof import read_secret
 from samestep.sites.recipe import Sites
 from samestep.sites.visitor import Unreachable, Visitor, address_of
@@ -35,27 +40,39 @@ def terms(**settings) -> dict:
     return {
         "settings": way.settings(),
         "weights": [[[2, 3], "float32"]],
+        "names": ["weight"],
+        "frozen": "",
         "buffers": {"bytes": 0, "segments": []},
     }
 
 
-def joined(place: Meeting, site: str = "a", **settings) -> Errand:
-    errand = Errand(visitor(place), site, terms(**settings), 5.0, lambda: False)
-    errand.join(lambda: {"weights": WEIGHTS, "buffers": EMPTY})
-    return errand
+class Joined(Errand):
+    """A site that has joined."""
+
+    def __init__(self, place: Meeting, site: str = "a", **settings):
+        super().__init__(visitor(place), site, terms(**settings), 5.0, lambda: False)
+        self.told = self.join(start)
+
+    def bring(self, **changed) -> Told:
+        """Give a contribution."""
+        return self.give(contribution(training=self.told.training) | changed, start, (0, 0))
+
+
+def start() -> dict:
+    return {"weights": WEIGHTS, "buffers": EMPTY, "training": ""}
 
 
 def contribution(sequence: int = 1, **changed) -> dict:
     payload = wire.bytes_of(torch.ones(2, 3))
-    frame = {"site": "a", "sequence": sequence, "base": 0, "items": 4.0, "step": 0, "buffers": EMPTY}
+    frame = {"sequence": sequence, "base": 0, "items": 4.0, "step": 0, "training": "", "buffers": EMPTY}
     return {**frame, "payload": torch.frombuffer(bytearray(payload), dtype=torch.uint8), **changed}
 
 
 def test_a_contribution_moves_the_weights_once():
     with meeting(secret=SECRET) as place:
-        errand = joined(place)
+        errand = Joined(place)
         for _ in range(3):
-            told = errand.give(contribution(), dict)
+            told = errand.bring()
             assert (told.round, told.made) == (1, 1)
             assert torch.equal(told.weights[0], WEIGHTS[0] - 1)
 
@@ -68,40 +85,42 @@ def test_a_contribution_moves_the_weights_once():
         ({"payload": torch.zeros(6)}, PeerError),
         ({"payload": 5}, PeerError),
         ({"buffers": torch.zeros(3, dtype=torch.uint8)}, PeerError),
-        ({"items": 0}, PeerError),
+        ({"items": 0.0}, PeerError),
         ({"items": float("nan")}, PeerError),
         ({"items": "many"}, PeerError),
         ({"sequence": 0}, PeerError),
         ({"sequence": True}, PeerError),
         ({"base": -1}, PeerError),
-        ({"site": ""}, PeerError),
-        ({"site": "a" * 101}, PeerError),
-        ({"site": "a\n"}, PeerError),
+        ({"training": ""}, PeerError),
+        ({"training": "a" * 101}, PeerError),
+        ({"training": "a\n"}, PeerError),
+        ({"items": 10**400}, PeerError),
+        ({"items": 1e300}, PeerError),
         ({"payload": torch.full((24,), 255, dtype=torch.uint8)}, NonFiniteError),
     ],
 )
 def test_what_was_not_agreed_on_is_refused(changed, error):
     with meeting(secret=SECRET) as place:
-        errand = joined(place)
+        errand = Joined(place)
         with pytest.raises(error):
-            errand.give(contribution(**changed), dict)
+            errand.bring(**changed)
         assert place.place.missing() == 1
-        assert errand.give(contribution(), dict).made == 1
+        assert errand.bring().made == 1
 
 
 def test_of_two_runs_of_one_name_the_later_takes_part():
     with meeting(secret=SECRET) as place:
-        first, second = joined(place), joined(place)
+        first, second = Joined(place), Joined(place)
         with pytest.raises(MismatchError, match="Another run has joined as site 'a' since"):
-            first.give(contribution(), dict)
-        assert second.give(contribution(), dict).made == 1
+            first.bring()
+        assert second.bring().made == 1
 
 
 def test_sites_with_other_settings_are_named_three_differences():
     with meeting(secret=SECRET) as place:
-        joined(place)
+        Joined(place)
         with pytest.raises(MismatchError) as caught:
-            joined(place, "b", quorum=2, patience=3.0, outer=samestep.Nesterov(lr=0.5))
+            Joined(place, "b", quorum=2, patience=3.0, outer=samestep.Nesterov(lr=0.5))
         text = str(caught.value)
         assert "settings.outer.kind: Nesterov here, Average at the meeting place" in text
         assert "settings.outer.lr: 0.5 here, None at the meeting place" in text
@@ -110,39 +129,174 @@ def test_sites_with_other_settings_are_named_three_differences():
 
 def test_strangers_stay_out():
     with meeting(secret=SECRET) as place:
-        errand = joined(place)
+        errand = Joined(place)
         for wrong in (b"", b"another secret is this"):
             with pytest.raises(MismatchError, match="does not know the secret"):
                 visitor(place, wrong).ask("/leave", {"site": "a"}, 5.0)
         assert place.place.missing() == 1
-        assert errand.give(contribution(), dict).made == 1
-
-
-def relay(door: socket.socket, port: int) -> None:
-    """Let one question through, and its answer with one bit of it flipped."""
-    near, _ = door.accept()
-    with near, socket.create_connection(("127.0.0.1", port)) as far:
-        asked = b""
-        while b"\r\n\r\n" not in asked or len(asked.partition(b"\r\n\r\n")[2]) < int(LENGTH.findall(asked)[0]):
-            asked += near.recv(1 << 16)
-        far.sendall(asked)
-        told = b""
-        while piece := far.recv(1 << 16):
-            told += piece
-        near.sendall(told[:-1] + bytes([told[-1] ^ 1]))
+        assert errand.bring().made == 1
 
 
 LENGTH = re.compile(rb"Content-Length: (\d+)")
+THROUGH = None
+"""What a relay does with an answer: lets it through."""
+
+
+class Relay:
+    """Lets questions through to a place, and their answers changed; keeps both.
+
+    Attributes:
+        port: where it listens.
+        asked, told: the bytes of each.
+    """
+
+    def __init__(self, port: int, *changes: Callable[[bytes], bytes] | None):
+        self.asked: list[bytes] = []
+        self.told: list[bytes] = []
+        self._door = socket.create_server(("127.0.0.1", 0))
+        self.port = self._door.getsockname()[1]
+        self._thread = threading.Thread(target=self._run, args=(port, changes))
+        self._thread.start()
+
+    def _run(self, port: int, changes: Sequence[Callable[[bytes], bytes] | None]) -> None:
+        for change in changes:
+            near, _ = self._door.accept()
+            with near:
+                asked = b""
+                while not (sizes := LENGTH.findall(asked)) or len(asked.partition(b"\r\n\r\n")[2]) < int(sizes[0]):
+                    asked += near.recv(1 << 16)
+                self.asked.append(asked)
+                self.told.append(sent(port, asked))
+                near.sendall(self.told[-1] if change is THROUGH else change(self.told[-1]))
+
+    def close(self) -> None:
+        self._thread.join()
+        self._door.close()
+
+
+def sent(port: int, asked: bytes) -> bytes:
+    """Return what a place answers to some bytes."""
+    told = b""
+    with socket.create_connection(("127.0.0.1", port)) as far:
+        far.sendall(asked)
+        while piece := far.recv(1 << 16):
+            told += piece
+    return told
+
+
+def flipped(told: bytes) -> bytes:
+    return told[:-1] + bytes([told[-1] ^ 1])
 
 
 def test_an_answer_that_was_changed_on_the_way_is_not_believed():
-    with meeting(secret=SECRET) as place, socket.create_server(("127.0.0.1", 0)) as door:
-        joined(place)
-        helper = threading.Thread(target=relay, args=(door, place.port))
-        helper.start()
+    with meeting(secret=SECRET) as place:
+        relay = Relay(place.port, THROUGH, flipped)
         with pytest.raises(MismatchError, match="does not know the secret"):
-            Visitor("127.0.0.1", door.getsockname()[1], SECRET).ask("/leave", {"site": "a"}, 5.0)
-        helper.join()
+            Visitor("127.0.0.1", relay.port, SECRET).ask("/leave", {"site": "a", "life": "b"}, 5.0)
+        relay.close()
+
+
+def test_what_was_asked_and_answered_before_is_not_believed_again():
+    with meeting(secret=SECRET) as place:
+        joined = Joined(place)
+        relay = Relay(place.port, THROUGH, THROUGH)
+        question = "/newest", {"site": "a"}, 5.0
+        assert Visitor("127.0.0.1", relay.port, SECRET).ask(*question)[0] == 200
+        relay.close()
+        known = relay.told[1]
+        assert known.startswith(b"HTTP/1.0 200") and sent(place.port, relay.asked[1]).startswith(b"HTTP/1.0 403")
+        later = Relay(place.port, THROUGH, lambda told: known)
+        with pytest.raises(MismatchError, match="does not know the secret"):
+            Visitor("127.0.0.1", later.port, SECRET).ask(*question)
+        later.close()
+        assert joined.bring().made == 1
+    # Nor by a place that was started again.
+    with meeting(secret=SECRET) as place:
+        assert sent(place.port, relay.asked[1]).startswith(b"HTTP/1.0 403")
+
+
+def test_a_link_may_be_slower_than_any_timeout(monkeypatch):
+    """Timeouts hold for a piece, both ways."""
+    monkeypatch.setattr(visitor_module, "_PIECE_SECONDS", 1.0)
+    monkeypatch.setattr(visitor_module, "_CONNECT_SECONDS", 1.0)
+    monkeypatch.setattr(server_module, "_BODY_SECONDS", 1.0)
+    many = torch.zeros(1 << 20)
+    with meeting(secret=SECRET) as place, socket.create_server(("127.0.0.1", 0)) as door:
+        # Two for the first question, since each life of a place wants proofs of its own, and one with the weights.
+        link = threading.Thread(target=trickle, args=(door, place.port, 4 << 20, 3))
+        link.start()
+        slow = Errand(Visitor("127.0.0.1", door.getsockname()[1], SECRET), "a", sized(many), 5.0, lambda: False)
+        begin = time.monotonic()
+        told = slow.join(lambda: {**start(), "weights": [many]})
+        assert torch.equal(told.weights[0], many)
+        assert time.monotonic() - begin > 1.5
+        link.join()
+
+
+def sized(weights: torch.Tensor) -> dict:
+    return terms() | {"weights": [[list(weights.shape), "float32"]]}
+
+
+def trickle(door: socket.socket, port: int, bytes_per_second: int, num_connections: int) -> None:
+    """Be a slow link with small buffers."""
+
+    def pump(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while piece := source.recv(1 << 15):
+                time.sleep(len(piece) / bytes_per_second)
+                target.sendall(piece)
+            target.shutdown(socket.SHUT_WR)
+
+    for _ in range(num_connections):
+        near, _ = door.accept()
+        with near, socket.create_connection(("127.0.0.1", port)) as far:
+            for end in (near, far):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+            pumps = [threading.Thread(target=pump, args=ends) for ends in ((near, far), (far, near))]
+            for one in pumps:
+                one.start()
+            for one in pumps:
+                one.join()
+
+
+def test_a_round_that_cannot_be_made_counts_in_none_and_leaves_all_as_it_was():
+    huge = wire.bytes_of(torch.full((2, 3), 3e38))
+    payload = torch.frombuffer(bytearray(huge), dtype=torch.uint8)
+    with meeting(secret=SECRET) as place:
+        errand = Joined(place, outer=samestep.Momentum(lr=1.0, momentum=0.9))
+        assert errand.bring().made == 1
+        told = errand.bring(sequence=2, payload=payload, base=1)
+        assert (told.made, told.round) == (2, 2)
+        told = errand.bring(sequence=3, payload=payload, base=2)
+        assert (told.made, told.round) == (-1, 2) and torch.isfinite(told.weights[0]).all()
+        assert any("it counts in none" in text for text in place.told)
+
+
+def test_a_place_whose_listener_is_gone_goes_on():
+    def gone(text: str) -> None:
+        raise BrokenPipeError
+
+    with meeting(secret=SECRET) as place:
+        place.place._listener = gone
+        assert Joined(place).bring().made == 1
+
+
+def test_a_place_that_lost_everything_goes_on_from_who_knows_most():
+    with meeting(secret=SECRET) as place:
+        first = Joined(place)
+        told = first.bring()
+    with meeting(secret=SECRET) as place:
+        # Somebody new comes first, with other weights.
+        other = Errand(visitor(place), "new", terms(), 5.0, lambda: False)
+        joined = other.join(lambda: {**start(), "weights": [WEIGHTS[0] + 100]})
+        back = Errand(visitor(place), "a", terms(), 5.0, lambda: False)
+        brings = {"weights": told.weights, "buffers": EMPTY, "training": told.training}
+        again = back.give(contribution(2, training=told.training, base=1), lambda: brings, (1, 1))
+        assert again.made == 2 and torch.equal(again.weights[0], WEIGHTS[0] - 2)
+        assert back.give(contribution(1, training=told.training), lambda: brings, (1, 1)).made == 0
+        refused = other.give(contribution(1, training=joined.training), start, (0, 0))
+        assert refused.made == -1 and torch.equal(refused.weights[0], WEIGHTS[0] - 2)
 
 
 def hostile(draw: random.Random, port: int) -> bytes:
@@ -162,7 +316,7 @@ def hostile(draw: random.Random, port: int) -> bytes:
 def test_whatever_comes_in_it_goes_on():
     draw = random.Random(3)
     with meeting(secret=SECRET) as place:
-        errand = joined(place)
+        errand = Joined(place)
         for _ in range(300):
             with socket.create_connection(("127.0.0.1", place.port)) as connection:
                 connection.settimeout(10)
@@ -173,7 +327,7 @@ def test_whatever_comes_in_it_goes_on():
                         pass
                 except OSError:
                     continue
-        assert errand.give(contribution(), dict).made == 1
+        assert errand.bring().made == 1
         assert [text for text in place.told if "Site" in text and "'a'" not in text] == []
 
 

@@ -100,7 +100,9 @@ class World:
     def leave(self, site: str) -> None:
         """It has the answer to all that it gave, and comes again some time."""
         if self.draw.random() < 0.3 and site not in self.table.open:
-            self.table.leave(site)
+            self.table.leave(site, "life 0")
+            assert site not in self.table.ended
+            self.table.leave(site, self.life(site))
             del self.known[site]
             self.seen["left"] += 1
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from samestep.errors import PeerError
+from samestep.errors import PeerError, SamestepError
 from samestep.sites.visitor import Unreachable, Visitor
 from samestep.storage import wire
 
@@ -31,7 +31,8 @@ class Told:
     Attributes:
         round: rounds made.
         made: the round that a contribution counts in; -1: in none.
-        sequence: number of the site's last contribution.
+        last: number of the site's last contribution that the place knows of.
+        training: what the weights belong to.
         buffers: after that round.
         weights: after that round, unless
         changes: of each round since the site had weights, encoded; and
@@ -40,7 +41,8 @@ class Told:
 
     round: int
     made: int
-    sequence: int
+    last: int
+    training: str
     buffers: torch.Tensor
     weights: Sequence[torch.Tensor] | None
     changes: Sequence[bytes] = ()
@@ -80,20 +82,21 @@ class Errand:
             MismatchError: the others have agreed on something else.
         """
         try:
-            content = self._join(start, again=False)
+            content = self._join(start, -1, 0)
         except Unreachable as error:
             raise PeerError(
                 f"Site {self._site!r} found no meeting place: {error}. Start it (samestep meet HOST:PORT), or see that "
                 f"this host can reach it."
             ) from error
-        return _told(content, -1)
+        return _told(content)
 
-    def give(self, frame: dict[str, Any], start: Start) -> Told:
+    def give(self, frame: dict[str, Any], start: Start, known: tuple[int, int]) -> Told:
         """Give a contribution, and wait for what becomes of it.
 
         Args:
             frame: the contribution.
             start: see `join`, for the case that the place was lost and is another.
+            known: rounds that the site knows of, and the number of its last contribution that was answered.
 
         Raises:
             Unreachable: there is no answer for now.
@@ -103,21 +106,19 @@ class Errand:
         since, has_told, is_given = time.monotonic(), False, False
         while True:
             if not self._has_joined:
-                self._join(start, again=True)
+                self._join(start, *known)
             status, content = self._ask(*(("/outcome", question) if is_given else ("/give", frame)))
             match status, is_given:
                 case 200, True:
-                    return _told(content, frame["sequence"])
+                    return _told(content)
                 case 200, False:
                     is_given = True
                     continue
                 case 404, _:
                     # It was started again from its disk, and knows nothing of the round that was open.
                     is_given = False
-                    continue
                 case 410, _:
                     self._has_joined = is_given = False
-                    continue
             if self._stops():
                 raise Unreachable("the run is to end")
             if not has_told and time.monotonic() - since > _TELL_SECONDS:
@@ -137,11 +138,12 @@ class Errand:
         status, content = self._ask("/newest", {"site": self._site})
         if status != 200:
             raise PeerError(f"The meeting place has no weights any more ({status}): {content}")
-        newest = _told(content, told.sequence)
-        return replace(newest, made=told.made)
+        newest = _told(content)
+        return replace(newest, made=told.made, last=told.last)
 
-    def _join(self, start: Start, again: bool) -> dict[str, Any]:
-        frame: dict[str, Any] = {"site": self._site, "terms": self._terms, "start": None, "again": again}
+    def _join(self, start: Start, num_rounds: int, sequence: int) -> dict[str, Any]:
+        frame: dict[str, Any] = {"site": self._site, "terms": self._terms, "start": None}
+        frame |= {"round": num_rounds, "sequence": sequence}
         status, content = self._ask("/join", frame)
         if status == 202:
             status, content = self._ask("/join", {**frame, "start": start()})
@@ -152,19 +154,19 @@ class Errand:
 
     def leave(self) -> None:
         """Say that the run has come to its end; if nobody hears it, the others wait once more."""
-        with contextlib.suppress(Unreachable):
+        with contextlib.suppress(Unreachable, SamestepError):
             self._ask("/leave", {"site": self._site})
 
     def _ask(self, path: str, frame: dict[str, Any]) -> tuple[int, Any]:
         seconds = min(self._patience, _AGAIN_SECONDS) if self._is_lost else self._patience
         self._is_lost = True
-        answer = self._visitor.ask(path, {**frame, "life": self._life}, seconds)
+        answer = self._visitor.ask(path, {**frame, "site": self._site, "life": self._life}, seconds)
         self._is_lost = False
         return answer
 
 
-def _told(content: dict[str, Any], sequence: int) -> Told:
-    known = content["round"], content.get("made", -1), content.get("sequence", sequence)
+def _told(content: dict[str, Any]) -> Told:
+    known = content["round"], content.get("made", -1), content.get("last", 0), content["training"]
     if "changes" in content:
         return Told(*known, content["buffers"], None, content["changes"], content["digest"])
     state = wire.unpack(content["state"])

@@ -8,6 +8,7 @@ comes to.
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -35,12 +36,14 @@ class Content:
     Attributes:
         gift: whose it is.
         step: what the codec is to be at.
+        training: in which the weights are that it is measured from.
         payload: every parameter encoded, one after the other; uint8.
         buffers: the site's, uint8.
     """
 
     gift: Gift
     step: int
+    training: str
     payload: torch.Tensor
     buffers: torch.Tensor
 
@@ -102,11 +105,14 @@ class OuterState:
             )
 
     def make(self, contents: Sequence[Content], step: int) -> None:
-        """Make a round.
+        """Make a round. Where it raises, everything is as before.
 
         Args:
             contents: the contributions, in the order of their sites.
             step: number of rounds before it.
+
+        Raises:
+            NonFiniteError: the new weights would hold NaN or infinity.
         """
         total = sum(content.gift.items for content in contents)
         shares = [content.gift.items / total for content in contents]
@@ -118,16 +124,28 @@ class OuterState:
             return [a.add_(b) for a, b in zip(summed(lo, mid), summed(mid, hi), strict=True)]
 
         before = [parameter.detach().clone() for parameter in self._parameters]
-        for parameter, gradient in zip(self._parameters, summed(0, len(contents)), strict=True):
-            parameter.grad = gradient.to(parameter.dtype)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        optimizer = copy.deepcopy(self._optimizer.state_dict())
+        try:
+            self._step(summed(0, len(contents)))
+        except BaseException:
+            for parameter, old in zip(self._parameters, before, strict=True):
+                parameter.data.copy_(old)
+            self._optimizer.load_state_dict(optimizer)
+            raise
         # A difference of which nothing is left out is as long as the weights, which say it to the bit.
         if not isinstance(self._back, Exact):
             self._changes.append(self._encoded(before, step))
         if self._buffers.numel():
             join(self._segments, [content.buffers for content in contents], shares, self._buffers)
         self._packed = b""
+
+    def _step(self, gradients: Sequence[torch.Tensor]) -> None:
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = gradient.to(parameter.dtype)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self._parameters):
+            raise NonFiniteError("the new weights would hold NaN or infinity")
 
     def since(self, base: int, num_rounds: int) -> dict[str, Any]:
         """Return what a site needs that has the weights of an earlier round: the changes since, or the newest state.

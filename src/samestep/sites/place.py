@@ -5,6 +5,9 @@ What a round has made is on disk before anybody is told of it.
 
 from __future__ import annotations
 
+import contextlib
+import math
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +18,7 @@ import torch
 
 from samestep.errors import CheckpointError, MismatchError, StorageError, UsageError
 from samestep.sites.outer_state import Content, OuterState
-from samestep.sites.table import Answer, Table
+from samestep.sites.table import Answer, Gift, Table
 from samestep.sites.terms import check_alike
 from samestep.storage import checkpoint
 
@@ -28,6 +31,7 @@ class Place:
 
     Attributes:
         terms: what the first site brought: the settings that all share, shapes and dtypes; None before.
+        training: names what the sites learn together; another one has other weights at the same rounds.
     """
 
     def __init__(self, folder: str | None = None, tell: Callable[[str], None] = print):
@@ -41,17 +45,18 @@ class Place:
             CheckpointError: the folder holds states, and none of them can be read.
         """
         self._folder = folder
-        self._tell = tell
+        self._listener = tell
         self._changed = threading.Condition()
         self._contents: dict[str, Content] = {}
         self.terms: dict[str, Any] | None = None
+        self.training = secrets.token_hex(8)
         if folder is not None:
             checkpoint.prepare(folder)
             if checkpoint.steps_in(Path(folder)):
                 self._load(folder)
 
     def join(
-        self, site: str, life: str, terms: dict[str, Any], start: dict[str, Any] | None, again: bool
+        self, site: str, life: str, terms: dict[str, Any], start: dict[str, Any] | None, known: tuple[int, int]
     ) -> dict[str, Any] | None:
         """Let a site take part.
 
@@ -59,8 +64,10 @@ class Place:
             site: its name.
             life: of its run.
             terms: what it has set, and its shapes and dtypes.
-            start: its weights and buffers, which count if it is the first.
-            again: it has joined before, and knows where it stands.
+            start: its weights and buffers, and the training that they belong to; they count if it is the first, or
+                knows more rounds than this place, which has lost them then.
+            known: rounds that it knows of, -1 if it has not joined before; and the number of its last contribution
+                that was answered.
 
         Returns:
             The number of its last contribution, and the newest state unless it comes again; None if it has to come with
@@ -71,17 +78,22 @@ class Place:
             ValueError: the terms cannot be read, or the weights are others than they say.
         """
         with self._changed:
-            if self.terms is None:
+            num_rounds, sequence = known
+            if self.terms is None or num_rounds > self._table.num_rounds:
                 if start is None:
                     return None
+                if self.terms is not None:
+                    check_alike(terms, self.terms, site)
                 self._begin(terms, start["weights"], start["buffers"])
+                self._go_on_from(site, life, num_rounds, sequence, start["training"])
                 self._keep()
-                self._tell(f"Site {site!r} brought the weights that all start from.")
+            assert self.terms is not None
             check_alike(terms, self.terms, site)
             sequence = self._table.join(site, life)
-            self._tell(f"Site {site!r} {'is back' if again else 'takes part'}; {self._counted()}.")
+            is_back = num_rounds >= 0
+            self._tell(f"Site {site!r} {'is back' if is_back else 'takes part'}; {self._counted()}.")
             self._changed.notify_all()
-            return {} if again else {"sequence": sequence, **self._outer.state(self._table.num_rounds)}
+            return {} if is_back else {"last": sequence, "training": self.training, **self._state()}
 
     def give(self, content: Content) -> Answer:
         """Take a contribution.
@@ -98,7 +110,7 @@ class Place:
             self._outer.check(content)
             if gift.site not in self._table.lives:
                 raise UsageError(f"Site {gift.site!r} has not joined since this meeting place was started.")
-            answer = self._table.give(gift)
+            answer = self._table.give(gift, content.training != self.training)
             if answer is Answer.OTHER:
                 raise MismatchError(
                     f"Another run has joined as site {gift.site!r} since, and takes this one's place. If both are to "
@@ -109,13 +121,14 @@ class Place:
                 self._changed.notify_all()
             if answer is Answer.TOO_OLD:
                 behind = self._table.num_rounds - gift.base
-                self._tell(f"Site {gift.site!r} is {behind} rounds behind; what it learned since counts in none.")
+                words = f"is {behind} rounds behind" if content.training == self.training else "was in another training"
+                self._tell(f"Site {gift.site!r} {words}; what it learned since counts in none.")
             return answer
 
-    def leave(self, site: str) -> None:
+    def leave(self, site: str, life: str) -> None:
         """Wait for a site no more: its run has come to its end."""
         with self._changed:
-            self._table_now().leave(site)
+            self._table_now().leave(site, life)
             self._tell(f"Site {site!r} has come to its end; {self._counted()}.")
             self._changed.notify_all()
 
@@ -127,7 +140,7 @@ class Place:
         """
         with self._changed:
             self._table_now()
-            return self._outer.state(self._table.num_rounds)
+            return {"training": self.training, **self._state()}
 
     def outcome(self, site: str, sequence: int, base: int, seconds: float) -> dict[str, Any] | None:
         """Return what became of a contribution, or None if that is not known after some seconds.
@@ -152,7 +165,8 @@ class Place:
                     self._make_round()
                 made = self._table.made(site, sequence)
                 if made is not None:
-                    return {"made": made, **self._outer.since(base, self._table.num_rounds)}
+                    known = {"made": made, "last": self._table.known(site), "training": self.training}
+                    return {**known, **self._outer.since(base, self._table.num_rounds)}
                 if now >= until:
                     return None
                 self._changed.wait(min(until - now, due if due is not None else seconds))
@@ -170,9 +184,36 @@ class Place:
     def _begin(self, terms: dict[str, Any], weights: list[torch.Tensor], buffers: torch.Tensor) -> None:
         """Begin with the weights of the first site."""
         settings = terms["settings"]
+        quorum, patience, bound = (settings[name] for name in ("quorum", "patience", "bound"))
+        if type(quorum) is not int or quorum < 1 or type(bound) is not int or bound < 0:
+            raise ValueError("quorum and bound are whole numbers")
+        if type(patience) is not float or not 0 < patience < math.inf:
+            raise ValueError("patience is a number of seconds")
         self._outer = OuterState(terms, weights, buffers)
-        self._table = Table(settings["quorum"], settings["patience"], settings["bound"])
+        self._table = Table(quorum, patience, bound)
+        self._contents.clear()
         self.terms = terms
+
+    def _go_on_from(self, site: str, life: str, num_rounds: int, sequence: int, training: str) -> None:
+        """Take over what a site knows of the training, with whose weights this begins."""
+        if num_rounds < 0:
+            self._tell(f"Site {site!r} brought the weights that all start from.")
+            return
+        self.training = training
+        self._table.num_rounds = num_rounds
+        self._table.last[site] = Gift(site, sequence, num_rounds, 1.0, life, num_rounds)
+        self._tell(
+            f"This place has lost what it knew: it goes on from the weights after round {num_rounds}, which site "
+            f"{site!r} brought; the outer optimizer begins anew. Keep it on disk: --keep DIR."
+        )
+
+    def _tell(self, text: str) -> None:
+        """Say something; that nobody listens any more changes nothing."""
+        with contextlib.suppress(OSError, ValueError):
+            self._listener(text)
+
+    def _state(self) -> dict[str, Any]:
+        return self._outer.state(self._table.num_rounds)
 
     def _table_now(self) -> Table:
         if self.terms is None:
@@ -180,8 +221,17 @@ class Place:
         return self._table
 
     def _make_round(self) -> None:
+        contents = [self._contents[site] for site in sorted(self._table.open)]
+        try:
+            self._outer.make(contents, self._table.num_rounds)
+        except (ArithmeticError, MemoryError, RuntimeError) as error:
+            void = self._table.close(is_void=True)
+            given = ", ".join(gift.site for gift in void)
+            self._tell(f"No round can be made of what {given} gave, so it counts in none: {error}")
+            self._contents.clear()
+            self._changed.notify_all()
+            return
         gifts = self._table.close()
-        self._outer.make([self._contents[gift.site] for gift in gifts], self._table.num_rounds - 1)
         self._contents.clear()
         self._keep()
         late = [g.site for g in gifts if g.base < self._table.num_rounds - 1]
@@ -198,7 +248,7 @@ class Place:
             return
         folder, step = Path(self._folder), self._table.num_rounds
         weights, tensors, numbers = self._outer.to_checkpoint()
-        facts = {"terms": self.terms, "table": self._table.to_values(), "outer": numbers}
+        facts = {"terms": self.terms, "training": self.training, "table": self._table.to_values(), "outer": numbers}
         try:
             checkpoint.write(folder, step=step, weights=weights, state=tensors, facts=facts)
             checkpoint.keep(folder, _KEPT, trusted=checkpoint.path_of(folder, step))
@@ -213,6 +263,7 @@ class Place:
         try:
             facts = saved.facts
             self._begin(facts["terms"], weights, saved.state.get("buffers", torch.empty(0, dtype=torch.uint8)))
+            self.training = facts["training"]
             self._table.load(facts["table"])
             self._outer.load(saved.state, facts["outer"])
         except (KeyError, TypeError, ValueError) as error:

@@ -26,6 +26,7 @@ from samestep.agree.meeting import Outcome, Part, Request
 from samestep.agree.outer import Average, Outer
 from samestep.agree.synchronous import LiveSynchronous, Synchronous
 from samestep.codecs import Codec, Exact
+from samestep.core.arena import Arena
 from samestep.core.calls import line_of_user
 from samestep.core.model import Options
 from samestep.core.worker import Wish
@@ -138,11 +139,13 @@ class LiveSites(LiveSynchronous):
         outcome = super().update(request, part)
         standing = self._site.standing
         if not outcome.skipped:
-            standing.items += outcome.read[0]
+            standing.items += request.num_samples - len(outcome.bad)
         # A step may have several updates.
-        standing.updates += request.optimizer == 0 and request.seeds[2] == 0
-        if standing.updates >= self.recipe.every and self._may_give:
+        standing.updates += request.seeds[2] == 0
+        if standing.updates - standing.visited >= self.recipe.every and self._may_give:
             self._visit(request.where)
+            # What the step takes does not hold for how long the next one may take.
+            self.clock.begin_step(request.seeds[1], False)
         return outcome
 
     def settle(self) -> None:
@@ -186,10 +189,13 @@ class LiveSites(LiveSynchronous):
     def _may_give(self) -> bool:
         """Whether there is something to give; not in the first step, since where it joined is kept at its end."""
         standing = self._site.standing
-        return standing.has_joined and standing.items > 0 and (standing.has_given or standing.updates > 1)
+        is_first_step = not standing.has_given and standing.updates == standing.given + 1
+        return standing.has_joined and standing.items > 0 and not is_first_step
 
     def _stops(self) -> bool:
-        return self.calls.is_ordered(Wish.STOP)
+        """Return whether to give up waiting: the run is to end, or to go on without somebody."""
+        has_died = isinstance(self.group, Arena) and self.group.deaths.are_unanswered
+        return has_died or self.calls.is_ordered(Wish.STOP)
 
     def _visit(self, where: str) -> None:
         """Let the first worker go to the meeting place, and all go on from what it brings. Collective."""
@@ -203,7 +209,7 @@ class LiveSites(LiveSynchronous):
         if group.worker.is_first:
             # What is told now is to be kept at the end of this step.
             self.calls.ask(Wish.SNAPSHOT)
-            before = self.clock.to("other")
+            before = self.clock.to("wait")
             frame = wire.pack(self._site.go(self._errand))
             self.clock.to(before)
         told = wire.unpack(self.calls.meet("the round of sites (end)", where, None, frame)[0][1])

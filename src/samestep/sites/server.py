@@ -6,14 +6,17 @@
     /newest    the newest weights
     /leave     a site has come to its end
 
-Every question carries a proof (`proof`) in its headers, which is looked at before its content is read. Frames are as
-long as they must be at most, and hold no code.
+Every question carries a proof (`proof`) in its headers, which is looked at before its content is read, and holds once:
+it is made for this server's life (`epoch`), and with a nonce that was not used in it. Frames are as long as they must
+be at most, and hold no code.
 """
 
 from __future__ import annotations
 
-import math
+import secrets
+import socket
 import threading
+from collections import Counter, OrderedDict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -26,9 +29,16 @@ from samestep.sites.place import Place
 from samestep.sites.table import Answer, Gift
 from samestep.storage import wire
 
-HOLD_SECONDS = 10.0
-"""A question is held back for so long; then it is asked again."""
+HOLD_SECONDS = 1.0
+"""A question is held back for so long; then it is asked again. A Ctrl-C at the site is heard as late as that."""
+PIECE = 1 << 16
+"""Bytes. Timeouts hold for so much, so that a link may be as slow as it is."""
 _MOST_CONNECTIONS = 256
+_MOST_OF_ONE = 64
+_MOST_NONCES = 1 << 20
+_HEAD_SECONDS = 5.0
+_BODY_SECONDS = 30.0
+_MOST_ITEMS = float(1 << 53)
 _MOST_NAME = 100
 _FIRST_BYTES = 1 << 34
 """The longest message before it is known how large the model is."""
@@ -55,14 +65,31 @@ class Server(ThreadingHTTPServer):
         """
         self.place = place
         self.secret = secret
-        self._room = threading.BoundedSemaphore(_MOST_CONNECTIONS)
+        self.epoch = secrets.token_hex(8)
+        self._lock = threading.Lock()
+        self._nonces: OrderedDict[str, None] = OrderedDict()
+        self._connections: Counter[str] = Counter()
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), _Handler)
         except (OSError, OverflowError) as error:
             raise SettingsError(f"Nobody can listen at {host}:{port}: {error}. Name another address.") from error
 
+    def is_new(self, nonce: str) -> bool:
+        """Return whether a nonce comes for the first time; from now on it does not."""
+        with self._lock:
+            is_new = nonce not in self._nonces
+            self._nonces[nonce] = None
+            if len(self._nonces) > _MOST_NONCES:
+                self._nonces.popitem(last=False)
+            return is_new
+
     def process_request(self, request: Any, client_address: Any) -> None:
-        if self._room.acquire(blocking=False):
+        host = client_address[0]
+        with self._lock:
+            has_room = self._connections.total() < _MOST_CONNECTIONS and self._connections[host] < _MOST_OF_ONE
+            self._connections[host] += has_room
+        if has_room:
             super().process_request(request, client_address)
         else:
             self.shutdown_request(request)
@@ -71,7 +98,9 @@ class Server(ThreadingHTTPServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._room.release()
+            with self._lock:
+                self._connections[client_address[0]] -= 1
+                self._connections += Counter()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing: a connection broke, and its site asks again."""
@@ -81,19 +110,24 @@ class _Handler(BaseHTTPRequestHandler):
     """One question."""
 
     server: Server
-    timeout = 30.0
+    timeout = _HEAD_SECONDS
     server_version = "samestep"
     sys_version = ""
 
     def do_POST(self) -> None:
-        secret, nonce = self.server.secret, self.headers.get("Samestep-Nonce", "")
+        server, secret, nonce = self.server, self.server.secret, self.headers.get("Samestep-Nonce", "")
         claimed = self.headers.get("Samestep-Digest", "")
         told = self.headers.get("Samestep-Proof", "")
-        if not proof.holds(told, secret, *(part.encode("utf-8", "replace") for part in (self.path, nonce, claimed))):
-            self.send_error(403, "The proof does not hold")
+        parts = [part.encode("utf-8", "replace") for part in (server.epoch, self.path, nonce, claimed)]
+        if not proof.holds(told, secret, *parts) or not server.is_new(nonce):
+            self.send_response(403)
+            self.send_header("Samestep-Epoch", server.epoch)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
             return
+        self.connection.settimeout(_BODY_SECONDS)
         length = self.headers.get("Content-Length", "")
-        largest = self.server.place.largest() or _FIRST_BYTES
+        largest = server.place.largest() or _FIRST_BYTES
         if not length.isascii() or not length.isdigit() or int(length) > largest:
             self.send_error(413, "Too long")
             return
@@ -104,10 +138,11 @@ class _Handler(BaseHTTPRequestHandler):
         status, reply = self._answered(body)
         self.send_response(status)
         self.send_header("Content-Length", str(len(reply)))
-        parts = (b"reply", nonce.encode(), b"%d" % status, proof.digest(reply))
-        self.send_header("Samestep-Proof", proof.sign(secret, *parts))
+        shown = proof.sign(secret, b"reply", nonce.encode(), b"%d" % status, proof.digest(reply))
+        self.send_header("Samestep-Proof", shown)
         self.end_headers()
-        self.wfile.write(reply)
+        for start in range(0, len(reply), PIECE):
+            self.wfile.write(reply[start : start + PIECE])
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing: the place tells what matters."""
@@ -119,7 +154,8 @@ class _Handler(BaseHTTPRequestHandler):
             match self.path:
                 case "/join":
                     site, life, start = _name(frame["site"]), _name(frame["life"]), frame["start"]
-                    told = self.server.place.join(site, life, frame["terms"], start, bool(frame["again"]))
+                    known = _whole(frame["round"], -1), _whole(frame["sequence"], 0)
+                    told = self.server.place.join(site, life, frame["terms"], start, known)
                     return (202, wire.pack({})) if told is None else (200, wire.pack(told))
                 case "/give":
                     answer = self.server.place.give(_content(frame))
@@ -133,7 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
                 case "/newest":
                     return 200, wire.pack(self.server.place.newest())
                 case "/leave":
-                    self.server.place.leave(_name(frame["site"]))
+                    self.server.place.leave(_name(frame["site"]), _name(frame["life"]))
                     return 200, wire.pack({})
             return 404, wire.pack({"error": "There is no such question."})
         except (MismatchError, NonFiniteError, UsageError, CheckpointError) as error:
@@ -169,8 +205,9 @@ def _content(frame: Any) -> Content:
     payload, buffers, items = frame["payload"], frame["buffers"], frame["items"]
     if not isinstance(payload, torch.Tensor) or not isinstance(buffers, torch.Tensor):
         raise ValueError("tensors are due")
-    if not isinstance(items, int | float) or not math.isfinite(items) or items <= 0:
+    if type(items) is not float or not 0 < items <= _MOST_ITEMS:
         raise ValueError("a contribution is that of some samples")
+    training = _name(frame["training"])
     step, base, sequence = _whole(frame["step"], 0), _whole(frame["base"], 0), _whole(frame["sequence"])
-    gift = Gift(_name(frame["site"]), sequence, base, float(items), _name(frame["life"]))
-    return Content(gift, step, payload, buffers)
+    gift = Gift(_name(frame["site"]), sequence, base, items, _name(frame["life"]))
+    return Content(gift, step, training, payload, buffers)

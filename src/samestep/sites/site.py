@@ -23,6 +23,9 @@ from samestep.storage import wire
 from samestep.storage.digest import tensors_digest
 
 _NOTHING = torch.empty(0, dtype=torch.uint8)
+_OVERLAPS = "part of it counts already"
+"""Stands for the training of a contribution whose first updates the place knows of, from an earlier life of the run;
+they cannot be told apart from the others, so that it counts in none."""
 _ROLES = ("anchor", "mark")
 
 
@@ -32,10 +35,13 @@ class Standing:
 
     Attributes:
         round: rounds that were made when the place answered last; -1 before it has joined.
-        sequence: number of its last contribution.
-        updates: since the last contribution.
-        items: samples of these.
-        counted: contributions that count in a round.
+        training: to which they belong.
+        updates: that it has made under its name; a contribution goes by the number of the last that is in it.
+        given: number of its last contribution.
+        known: number of the last that the place has told that it knows.
+        visited: updates when it went to the place last.
+        items: samples that it learned from since the last contribution; those of a step count for each of its updates.
+        counted: contributions that were seen to count in a round.
         late: of these, how many in a later round than the next.
         refused: contributions that count in none, being too old.
         missed: how often the place could not be reached.
@@ -44,8 +50,11 @@ class Standing:
     """
 
     round: int = -1
-    sequence: int = 0
+    training: str = ""
     updates: int = 0
+    given: int = 0
+    known: int = 0
+    visited: int = 0
     items: float = 0.0
     counted: int = 0
     late: int = 0
@@ -94,9 +103,15 @@ class Site:
     def shapes(self) -> dict[str, Any]:
         """Return, in the first worker, what of the model must be alike on all sites."""
         weights = [[list(t.shape), wire.name_of(t.dtype)] for baseline in self._baselines for t in baseline.anchor]
-        buffers = self._model.buffers
+        model = self._model
+        buffers = model.buffers
         segments = [[w.start, w.stop, None if d is None else wire.name_of(d)] for w, d in buffers.segments]
-        return {"weights": weights, "buffers": {"bytes": buffers.num_bytes, "segments": segments}}
+        kept = {"bytes": buffers.num_bytes, "segments": segments}
+        trained = {id(p) for one in model.trained for p in one.weights.parameters}
+        parameters = [(n, t) for n, t in model.named_tensors() if isinstance(t, torch.nn.Parameter)]
+        frozen = [(n, t) for n, t in parameters if id(t) not in trained]
+        names = [name for one in model.trained for name in one.weights.names]
+        return {"weights": weights, "names": names, "buffers": kept, "frozen": tensors_digest(frozen)}
 
     def reseat(self) -> None:
         """Find its memory, in the group as it is now. Collective."""
@@ -137,42 +152,52 @@ class Site:
         standing, buffers = self.standing, None
         if not standing.has_joined:
             told = errand.join(self._start)
-            standing.sequence = told.sequence
+            standing.updates = standing.given = told.last
             buffers = self._land(told, errand, since_mark=False)
+        standing.visited = standing.updates
         is_new = False
         try:
             if self.gift is not None:
-                self._land(errand.give(self.gift, self._start), errand, since_mark=True)
+                landed = self._land(self._give(errand), errand, since_mark=True)
+                # Else what the site has learned since is newer.
+                buffers = buffers if standing.items else landed
             if standing.items:
                 self.gift, is_new = self._encoded(), True
-                buffers = self._land(errand.give(self.gift, self._start), errand, since_mark=False)
+                buffers = self._land(self._give(errand), errand, since_mark=False)
         except Unreachable:
             standing.missed += 1
             for baseline in self._baselines if is_new else ():
                 baseline.leave_mark()
         return {"standing": asdict(standing), "gift": self.gift, "buffers": buffers}
 
+    def _give(self, errand: Errand) -> Told:
+        assert self.gift is not None
+        standing = self.standing
+        return errand.give(self.gift, self._start, (standing.round, standing.known))
+
     def _encoded(self) -> dict[str, Any]:
         """Return what the site has learned since the last answer, as a contribution."""
         standing = self.standing
-        standing.sequence += 1
+        step, first = standing.round, standing.given
+        standing.given = standing.updates
         payloads = []
         for baseline, coding in zip(self._baselines, self._codings, strict=True):
             for index, difference in enumerate(baseline.difference()):
-                payloads.append(coding.encode(standing.sequence - 1, self._number, index, difference))
+                payloads.append(coding.encode(step, self._number, index, difference))
             coding.commit()
         payload = torch.cat(payloads) if payloads else _NOTHING
         standing.num_bytes += payload.numel()
         gift = {
             "site": self.name,
-            "sequence": standing.sequence,
+            "sequence": standing.given,
+            "training": standing.training if first >= standing.known else _OVERLAPS,
             "base": standing.round,
             "items": standing.items,
-            "step": standing.sequence - 1,
+            "step": step,
             "payload": payload,
             "buffers": self._buffers(),
         }
-        standing.items, standing.updates, standing.has_given = 0.0, 0, True
+        standing.items, standing.has_given = 0.0, True
         return gift
 
     def _land(self, told: Told, errand: Errand, since_mark: bool) -> torch.Tensor:
@@ -184,11 +209,12 @@ class Site:
             weights = told.weights
         assert weights is not None
         if self.gift is not None:
-            standing.counted += told.made >= 0
+            standing.counted += told.made > 0
             standing.late += told.made > self.gift["base"] + 1
             standing.refused += told.made < 0
             self.gift = None
-        standing.round = told.round
+        standing.round, standing.training = told.round, told.training
+        standing.known = max(standing.known, told.last)
         for baseline in self._baselines:
             mine, weights = weights[: len(baseline.anchor)], weights[len(baseline.anchor) :]
             baseline.land(mine, since_mark)
@@ -213,7 +239,7 @@ class Site:
         for baseline, trained in zip(self._baselines, self._model.trained, strict=True):
             for anchor, view in zip(baseline.anchor, trained.weights.views, strict=True):
                 weights.append((anchor if self.standing.has_joined else view).to(anchor.dtype).clone())
-        return {"weights": weights, "buffers": self._buffers()}
+        return {"weights": weights, "buffers": self._buffers(), "training": self.standing.training}
 
     def _buffers(self) -> torch.Tensor:
         return self._model.buffers.now.clone() if self._model.buffers.num_bytes else _NOTHING

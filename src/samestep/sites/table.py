@@ -1,10 +1,10 @@
 """Who contributes to which round. Pure: no I/O, no clock, no tensors.
 
-A site gives what it learned since the last answer, numbered by itself. A round is made once `quorum` sites have given
-(fewer by those that have come to their end), and all that are present have, or `patience` seconds have passed since. A
-contribution that comes later counts in the next round (buffered asynchronous aggregation: Nguyen et al. 2022); one that
-is measured from weights more than `bound` rounds old counts in none. Whoever asks again, for whatever reason, is
-answered as before: what has been given under a number counts once.
+A site gives what it learned since the last answer, numbered by the last of its updates that are in it. A round is made
+once `quorum` sites have given (fewer by those that have come to their end), and all that are present have, or
+`patience` seconds have passed since. A contribution that comes later counts in the next round (buffered asynchronous
+aggregation: Nguyen et al. 2022); one that is measured from weights more than `bound` rounds old counts in none. Whoever
+asks again, for whatever reason, is answered as before: what has been given under a number counts once.
 
 A run has a life each time that it is started, or starts again after a fault; the last one that has joined under a
 site's name speaks for the site.
@@ -23,7 +23,7 @@ class Gift:
 
     Attributes:
         site: its name.
-        sequence: which of the site's contributions it is, from 1.
+        sequence: the site's last update that is in it; a later contribution has a larger number.
         base: number of rounds that had been made when the site got the weights that it is measured from.
         items: samples that the site learned from.
         life: of its run.
@@ -91,16 +91,26 @@ class Table:
         self.lives[site] = life
         self.present.add(site)
         self.ended.discard(site)
-        known = self.open.get(site) or self.last.get(site)
-        return known.sequence if known is not None else 0
+        return self.known(site)
 
-    def leave(self, site: str) -> None:
-        """Wait for a site no more: it has come to its end, and nothing that it gave is open."""
+    def known(self, site: str) -> int:
+        """Return the number of a site's last contribution, 0 if there is none."""
+        last = self.open.get(site) or self.last.get(site)
+        return last.sequence if last is not None else 0
+
+    def leave(self, site: str, life: str) -> None:
+        """Wait for a site no more, if this is its run: it has come to its end, and nothing that it gave is open."""
+        if self.lives.get(site, life) != life:
+            return
         self.present.discard(site)
         self.ended.add(site)
 
-    def give(self, gift: Gift) -> Answer:
+    def give(self, gift: Gift, is_foreign: bool = False) -> Answer:
         """Take a contribution.
+
+        Args:
+            gift: what is given.
+            is_foreign: it is measured from weights of another training.
 
         Raises:
             KeyError: the site has not joined.
@@ -115,7 +125,7 @@ class Table:
         if gift.site in self.open:
             # The site was started anew, and does not know of it.
             return Answer.LATER
-        if gift.base < self.num_rounds - self._bound:
+        if is_foreign or gift.base < self.num_rounds - self._bound:
             self.last[gift.site] = replace(gift, made=-1)
             return Answer.TOO_OLD
         self.open[gift.site] = gift
@@ -128,6 +138,7 @@ class Table:
             now: seconds of any clock that never goes back. Call it whenever something has changed.
         """
         if len(self.open) < self.needed:
+            self._full_since = None
             return None
         if self._full_since is None:
             self._full_since = now
@@ -135,11 +146,16 @@ class Table:
             return 0.0
         return max(0.0, self._full_since + self._patience - now)
 
-    def close(self) -> list[Gift]:
-        """Make the round; return its contributions, sorted by site. Nobody waits any more for who gave none."""
+    def close(self, is_void: bool = False) -> list[Gift]:
+        """Make the round; return its contributions, sorted by site. Nobody waits any more for who gave none.
+
+        Args:
+            is_void: it cannot be made of them, so that they count in none.
+        """
         gifts = [self.open[site] for site in sorted(self.open)]
-        self.num_rounds += 1
-        self.last.update({gift.site: replace(gift, made=self.num_rounds) for gift in gifts})
+        self.num_rounds += not is_void
+        made = -1 if is_void else self.num_rounds
+        self.last.update({gift.site: replace(gift, made=made) for gift in gifts})
         self.present = set(self.open)
         self.open = {}
         self._full_since = None
@@ -156,8 +172,8 @@ class Table:
             KeyError: it was never given.
         """
         gift = self.open.get(site)
-        if gift is not None and gift.sequence == sequence:
-            return None
+        if gift is not None and gift.sequence >= sequence:
+            return None if gift.sequence == sequence else 0
         gift = self.last.get(site)
         if gift is None or gift.sequence < sequence:
             raise KeyError(sequence)

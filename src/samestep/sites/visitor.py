@@ -5,15 +5,17 @@ from __future__ import annotations
 import http.client
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from samestep.errors import MismatchError, NonFiniteError, PeerError, SettingsError
 from samestep.sites import proof
 from samestep.storage import wire
 
-_TRY_SECONDS = 30.0
-"""For one question, connecting and the content's way included; the place holds it back for less."""
+_CONNECT_SECONDS = 5.0
+_PIECE = 1 << 16
+_PIECE_SECONDS = 30.0
+"""For so many bytes on their way, and for an answer to begin."""
 _PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0)
 _ERRORS = {409: MismatchError, 422: NonFiniteError}
 
@@ -23,7 +25,7 @@ class Unreachable(Exception):
 
 
 class Unproven(Exception):
-    """Somebody answered who does not know the secret, or the answer was changed on its way."""
+    """Somebody answered who does not know the secret, or the answer was changed on its way, or is not the place's."""
 
 
 class Visitor:
@@ -42,6 +44,7 @@ class Visitor:
         self._secret = secret
         self._stops = stops
         self._has_met = False
+        self._epoch = ""
 
     def ask(self, path: str, frame: Any, seconds: float) -> tuple[int, Any]:
         """Return status and content of the answer.
@@ -60,7 +63,7 @@ class Visitor:
         until, pauses, body = time.monotonic() + seconds, iter(_PAUSES), wire.pack(frame)
         while True:
             try:
-                status, content = self._once(path, body)
+                status, content = self._once(path, body, max(1.0, until - time.monotonic()))
                 self._has_met = True
                 break
             except (OSError, http.client.HTTPException, Unproven) as error:
@@ -76,27 +79,58 @@ class Visitor:
             raise PeerError(f"The meeting place at {self._host}:{self._port} refused {path} ({status}): {content}")
         return status, content
 
-    def _once(self, path: str, body: bytes) -> tuple[int, Any]:
-        nonce, digest = secrets.token_hex(16), proof.digest(body).hex()
-        headers = {
-            "Samestep-Nonce": nonce,
-            "Samestep-Digest": digest,
-            "Samestep-Proof": proof.sign(self._secret, path.encode(), nonce.encode(), digest.encode()),
-        }
-        connection = http.client.HTTPConnection(self._host, self._port, timeout=_TRY_SECONDS)
-        try:
-            connection.request("POST", path, body, headers)
-            reply = connection.getresponse()
-            content = reply.read()
-        finally:
-            connection.close()
+    def _once(self, path: str, body: bytes, seconds: float) -> tuple[int, Any]:
+        """Ask once; see `ask`. Nobody is waited for longer than `seconds` where nothing comes."""
+        nonce = secrets.token_hex(16)
+        reply, content = self._exchange(path, body, nonce, seconds)
+        epoch = reply.getheader("Samestep-Epoch", "")
+        if reply.status == 403 and epoch not in ("", self._epoch):
+            # Each life of the place wants proofs of its own.
+            self._epoch = epoch
+            nonce = secrets.token_hex(16)
+            reply, content = self._exchange(path, body, nonce, seconds)
         parts = (b"reply", nonce.encode(), b"%d" % reply.status, proof.digest(content))
         if not proof.holds(reply.getheader("Samestep-Proof", ""), self._secret, *parts):
+            if reply.status >= 500:
+                raise OSError(f"status {reply.status}")
             raise Unproven(
                 f"What answers at {self._host}:{self._port} (status {reply.status}) does not know the secret, or is no "
                 f"meeting place. Give `samestep meet` and all sites the same file."
             )
         return reply.status, wire.unpack(content)
+
+    def _exchange(self, path: str, body: bytes, nonce: str, seconds: float) -> tuple[http.client.HTTPResponse, bytes]:
+        digest = proof.digest(body).hex()
+        parts = (self._epoch.encode(), path.encode(), nonce.encode(), digest.encode())
+        headers = {
+            "Content-Length": str(len(body)),
+            "Samestep-Nonce": nonce,
+            "Samestep-Digest": digest,
+            "Samestep-Proof": proof.sign(self._secret, *parts),
+        }
+        connection = http.client.HTTPConnection(self._host, self._port, timeout=min(_CONNECT_SECONDS, seconds))
+        try:
+            connection.connect()
+            connection.sock.settimeout(min(_PIECE_SECONDS, max(seconds, _CONNECT_SECONDS)))
+            connection.request("POST", path, self._pieces(body), headers)
+            reply = connection.getresponse()
+            content = bytearray()
+            while piece := reply.read(_PIECE):
+                self._check()
+                content += piece
+        finally:
+            connection.close()
+        return reply, bytes(content)
+
+    def _pieces(self, body: bytes) -> Iterator[bytes]:
+        for start in range(0, len(body), _PIECE):
+            self._check()
+            yield body[start : start + _PIECE]
+
+    def _check(self) -> None:
+        """Break off where the run is to end."""
+        if self._stops():
+            raise OSError("the run is to end")
 
 
 def address_of(at: str, least_port: int = 1) -> tuple[str, int]:
