@@ -93,7 +93,7 @@ class Place:
             is_back = num_rounds >= 0
             self._tell(f"Site {site!r} {'is back' if is_back else 'takes part'}; {self._counted()}.")
             self._changed.notify_all()
-            return {} if is_back else {"last": sequence, "training": self.training, **self._state()}
+            return {} if is_back else {**self.newest(), "last": sequence}
 
     def give(self, content: Content) -> Answer:
         """Take a contribution.
@@ -140,7 +140,7 @@ class Place:
         """
         with self._changed:
             self._table_now()
-            return {"training": self.training, **self._state()}
+            return {"training": self.training, **self._outer.state(self._table.num_rounds)}
 
     def outcome(self, site: str, sequence: int, base: int, seconds: float) -> dict[str, Any] | None:
         """Return what became of a contribution, or None if that is not known after some seconds.
@@ -211,9 +211,6 @@ class Place:
         """Say something; that nobody listens any more changes nothing."""
         with contextlib.suppress(OSError, ValueError):
             self._listener(text)
-
-    def _state(self) -> dict[str, Any]:
-        return self._outer.state(self._table.num_rounds)
 
     def _table_now(self) -> Table:
         if self.terms is None:
