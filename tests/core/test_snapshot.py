@@ -1,6 +1,7 @@
 """The newest state in memory: whole or not there, and readable by a process that did not write it."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -143,3 +144,27 @@ def test_what_grows_with_every_step_is_not_mapped_anew(snapshots):
     assert list(snapshots._maps.values()) == maps
     assert snapshots.newest().facts["ledger"] == b"x" * 40 * 399
     assert 0 < snapshots.num_bytes < 100_000, "room that is not used takes no memory"
+
+
+def test_an_offer_is_read_whole_whoever_dies_while_making_one(snapshots):
+    """A real writer, killed again and again while a reader looks on."""
+    offers, seen = snapshots.offers, 0
+    for life in range(20):
+        if (writer := os.fork()) == 0:
+            while True:
+                for size in (400, 1, 90, 1200, 5):
+                    number = offers.newest()[0] + 1
+                    offers.make({"number": number, "fill": [number] * size})
+        reads = 0
+        try:
+            while reads < 400 or offers.newest()[0] == seen:
+                number, offer = offers.newest()
+                assert number >= seen and (not number or (offer["number"], set(offer["fill"])) == (number, {number}))
+                seen, reads = number, reads + 1
+        finally:
+            os.kill(writer, signal.SIGKILL)
+            os.waitpid(writer, 0)
+        number, offer = offers.newest()
+        assert offer["number"] == number >= seen, life
+        seen = number
+    assert seen > 50

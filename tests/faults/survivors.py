@@ -27,7 +27,7 @@ from small_fleet import Outcome, SmallFleet
 MOST_STEPS = 400
 PLACES = ("shard", "after", "mean", "move")
 WRITING = ("anchor", "go_on", "begin", "residual", "memory", "spread")
-"""Further places: just before a worker writes what its replicas go on from, in an update, round or edit that is made."""
+"""Further places: just before a worker writes what its replicas go on from, in an update, round or edit."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ meanwhile the other memory has the snapshots.
 
     control: [0] [1] serial number of what is in each memory, 0 while it is written | [2] calls recorded so far
              [3] [4] committed steps | [5] [6] bytes written | [7] [8] their fold (`integrity`)
-             [9] number of the newest offer to workers that join | its length | its JSON
+             [9] number of the newest offer to workers that join; the two newest lie in turn behind the words
              [11] 1 + number of the memory that is lent, 0 for none | slot of the worker that lent it
     memory:  length of the head | head (`wire`) | tensors, each on 64 bytes
 """
@@ -33,7 +33,10 @@ from samestep.storage.checkpoint import Checkpoint
 FROM_MEMORY = Path("memory")
 """The path of a checkpoint that was never in a file."""
 _OFFER, _OFFER_TEXT = 9, 128
-"""A control word, and a byte of the control page."""
+"""A control word, and the first byte of the room for offers."""
+_CONTROL_BYTES = 16 * mmap.PAGESIZE
+_OFFER_ROOM = (_CONTROL_BYTES - _OFFER_TEXT) // 2
+"""Bytes for one offer."""
 _LENT, _LENDER = 11, 12
 """Control words."""
 _ROOMY = 8
@@ -47,7 +50,11 @@ _BLOCK_BYTES = 512
 
 
 class Offers:
-    """Where workers that join are told that the newest snapshot is where they come in."""
+    """Where workers that join are told that the newest snapshot is where they come in.
+
+    Who makes an offer may die in the middle of it, and who reads one is not waited for. So an offer is written beside
+    the one before, and counts from the instant that its number stands; who reads looks at the number before and after.
+    """
 
     def __init__(self, control: mmap.mmap, words: memoryview[int]):
         self._control = control
@@ -56,14 +63,28 @@ class Offers:
     def make(self, facts: dict[str, Any]) -> None:
         """Make an offer; `facts` are JSON values."""
         text = json.dumps(facts).encode()
-        self._words[_OFFER + 1] = len(text)
-        self._control[_OFFER_TEXT : _OFFER_TEXT + len(text)] = text
-        self._words[_OFFER] += 1
+        assert 8 + len(text) <= _OFFER_ROOM, "an offer that is too long"
+        number = self._words[_OFFER] + 1
+        start = self._start(number)
+        self._control[start : start + 8 + len(text)] = len(text).to_bytes(8, "little") + text
+        self._words[_OFFER] = number
 
     def newest(self) -> tuple[int, dict[str, Any]]:
         """Return the number of the newest offer (0: there was none), and what it says."""
-        number, length = self._words[_OFFER], self._words[_OFFER + 1]
-        return number, json.loads(self._control[_OFFER_TEXT : _OFFER_TEXT + length]) if number else {}
+        while True:
+            number = self._words[_OFFER]
+            if not number:
+                return 0, {}
+            start = self._start(number)
+            length = int.from_bytes(self._control[start : start + 8], "little")
+            text = self._control[start + 8 : start + 8 + min(length, _OFFER_ROOM)]
+            # Else the one after the next may have been written there meanwhile.
+            if self._words[_OFFER] == number:
+                return number, json.loads(text)
+
+    @staticmethod
+    def _start(number: int) -> int:
+        return _OFFER_TEXT + number % 2 * _OFFER_ROOM
 
 
 class Snapshots:
@@ -77,7 +98,7 @@ class Snapshots:
     def __init__(self) -> None:
         self.damaged: list[int] = []
         self._memories = [os.memfd_create(f"samestep-snapshot-{i}", os.MFD_CLOEXEC) for i in range(2)]
-        self._control = mmap.mmap(-1, 16 * mmap.PAGESIZE)
+        self._control = mmap.mmap(-1, _CONTROL_BYTES)
         self._words = memoryview(self._control).cast("q")
         self._maps: dict[int, mmap.mmap] = {}
         self.offers = Offers(self._control, self._words)
