@@ -93,7 +93,9 @@ class Place:
             is_back = num_rounds >= 0
             self._tell(f"Site {site!r} {'is back' if is_back else 'takes part'}; {self._counted()}.")
             self._changed.notify_all()
-            return {} if is_back else {**self.newest(), "last": sequence}
+            if is_back:
+                return {}
+            return {"last": sequence, "training": self.training, **self._outer.state(self._table.num_rounds)}
 
     def give(self, content: Content) -> Answer:
         """Take a contribution.
