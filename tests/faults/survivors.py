@@ -36,7 +36,8 @@ class Case:
 
     Attributes:
         workers: how many.
-        deaths: (slot, step, place): in a shard, after the update, in an evaluation, while replicas move, `WRITING`.
+        deaths: (slot, step, place): in a shard, after the update, in an evaluation, while replicas move, `WRITING`, or,
+            whatever the step, as the first worker that is to let others in ("offer").
         returns: workers to wait for before the run may end.
         optimizer: what is trained with.
         loaders: processes that read ahead.
@@ -81,6 +82,7 @@ CASES = (
     Case(3, ((0, 4, "shard"), (1, 9, "after")), way="Local"),
     Case(2, ((1, 4, "shard"),), 1, way="Local"),
     Case(3, ((1, 4, "shard"),), 1, way="Synchronous"),
+    Case(3, ((2, 3, "shard"), (0, -1, "offer")), 2),
     Case(2, ((1, 3, "anchor"),), way="Local", is_lost=True),
     Case(2, ((1, 4, "go_on"),), way="Local", is_lost=True),
     Case(2, ((1, 4, "residual"),), way="Local", is_lost=True),
@@ -156,7 +158,8 @@ def trained(case: Case, board: Board, run: Any) -> dict[str, Any]:
 
     def die(place: str) -> None:
         for index, (slot, step, where) in enumerate(case.deaths):
-            if (slot, step, where) == (run.worker.local_rank, number, place) and not run._session.replaying:
+            is_due = (slot, where) == (run.worker.local_rank, place) and step in (number, -1)
+            if is_due and not run._session.replaying:
                 board.strike(index)
 
     def accuracy(batch: Any) -> Any:
@@ -170,7 +173,7 @@ def trained(case: Case, board: Board, run: Any) -> dict[str, Any]:
         divide(division)
 
     run._session.model.divide = move
-    for place in WRITING:
+    for place in (*WRITING, "offer"):
         strike_writing(place, die)
     for _ in range(3):
         for step in run.steps((x, y), 20, epochs=1, loaders=case.loaders):
@@ -204,9 +207,11 @@ def strike_writing(place: str, die: Callable[[str], None]) -> None:
     from samestep.agree.local import LiveLocal
     from samestep.agree.own import Own
     from samestep.core.per_replica import PerReplica
+    from samestep.core.snapshot import Offers
 
-    owner = {"residual": Coding, "memory": PerReplica, "spread": LiveLocal}.get(place, Own)
-    name = "commit" if owner in (Coding, PerReplica) else place
+    owners = {"residual": Coding, "memory": PerReplica, "spread": LiveLocal, "offer": Offers}
+    owner = owners.get(place, Own)
+    name = {Coding: "commit", PerReplica: "commit", Offers: "make"}.get(owner, place)
     act = getattr(owner, name)
 
     def struck(self: Any, *given: Any) -> None:

@@ -148,6 +148,7 @@ class Arena(SharedMemoryGroup):
         self._device = worker.device
         self._give_up = give_up
         self._num_mendable = 0
+        self._joining: set[int] = set()
         self.slot = worker.local_rank if joins else worker.rank
         self._block = mmap.mmap(handles.control, _control_bytes(len(handles.events)))
         self._words = memoryview(self._block).cast("q")
@@ -184,6 +185,7 @@ class Arena(SharedMemoryGroup):
         """
         before = self.members
         while True:
+            self._joining = set(joining)
             deaths, answered = self.deaths.counts(), self.deaths.answered
             self._seat([slot for slot in (*before, *joining) if deaths[slot] == answered[slot]])
             memory = [self._regions.to_facts(), self._is_whole, deaths]
@@ -197,6 +199,7 @@ class Arena(SharedMemoryGroup):
             if self.slot not in before:
                 self.lose("A worker died while this one joined.")
             joining = ()
+        self._joining = set()
         # Those who came last are behind the others.
         regions, is_whole, self.deaths.answered = told[0][1]
         if not is_whole:
@@ -343,8 +346,10 @@ class Arena(SharedMemoryGroup):
         if words[0]:
             raise PeerError("Another worker of this run is gone.")
         # In this order: a dead worker's last store came before its mark. Not while another is on its way: it may still
-        # read what the next exchange but one writes over.
-        if all(self.deaths.has_died(line // _WORDS - 1) and words[line] < count for line in waiting):
+        # read what the next exchange but one writes over. Who is to join reads nothing before it is in; and it may wait
+        # for an offer that the dead one was to make.
+        known = [line for line in waiting if line // _WORDS - 1 not in self._joining]
+        if all(self.deaths.has_died(line // _WORDS - 1) and words[line] < count for line in known or waiting):
             if self._num_mendable:
                 raise WorkerLost
             self.lose("Another worker of this run has died.")
