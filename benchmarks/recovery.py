@@ -22,10 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from report import Table, machine, show, spread, store
-from soak import SAME, Fault, Round, Strike, Weather, play
-
-from samestep.launching import environment, zygote
-from samestep.launching.script import Script
+from soak import SAME, Fault, Round, Strike, Weather, opened, play
 
 SCRIPT = Path(__file__).parent / "train_bare.py"
 AIMS = {"median": 0.3, "p99": 1.0, "whole": 1.0, "replayed": 50e-6}
@@ -130,14 +127,7 @@ def main() -> None:
     parser.add_argument("--store", metavar="FILE.md")
     args = parser.parse_args()
     where = machine()
-    program = Script(path=str(SCRIPT), argv=(str(SCRIPT), str(args.epochs)))
-    program.check()
-    environment.prepare()
-    zygote.warm()
-    from samestep.settings.entry import _WARM, _keep
-
-    zygote.warm(_WARM)
-    _keep(program)
+    program = opened(SCRIPT, str(args.epochs))
     calm = play(program, args.workers)
     assert not calm.wrong, calm.wrong
     draw, rounds = random.Random(args.seed), []

@@ -108,6 +108,19 @@ class Weather:
             self.strikes[-1].noticed_after = now - self.strikes[-1].at
 
 
+def opened(path: Path, *arguments: str) -> Script:
+    """Make this process one that trains a script again and again."""
+    program = Script(path=str(path), argv=(str(path), *arguments))
+    program.check()
+    environment.prepare()
+    zygote.warm()
+    from samestep.settings.entry import _WARM, _keep
+
+    zygote.warm(_WARM)
+    _keep(program)
+    return program
+
+
 class Listener:
     """Takes the facts of a run, and lets the weather hear its notes."""
 
@@ -251,14 +264,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE.json")
     args = parser.parse_args()
     where = machine()
-    program = Script(path=str(SCRIPT), argv=(str(SCRIPT), "--epochs", str(args.epochs)))
-    program.check()
-    environment.prepare()
-    zygote.warm()
-    from samestep.settings.entry import _WARM, _keep
-
-    zygote.warm(_WARM)
-    _keep(program)
+    program = opened(SCRIPT, "--epochs", str(args.epochs))
     calm, disturbed = soak(program, args.workers, args.minutes, args.every, args.seed)
     shown = tables(calm, disturbed)
     show(shown, where)

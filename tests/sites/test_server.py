@@ -116,6 +116,17 @@ def test_of_two_runs_of_one_name_the_later_takes_part():
         assert second.bring().made == 1
 
 
+def test_who_came_later_takes_leave_for_its_site():
+    """As the next worker does, where the first one has died."""
+    with meeting(secret=SECRET) as place:
+        Joined(place, "a", quorum=2)
+        Joined(place, "b", quorum=2)
+        assert place.place.missing() == 2
+        later = Errand(visitor(place), "a", terms(quorum=2), 5.0, lambda: False)
+        later.leave(start, (0, 0))
+        assert place.place.missing() == 1
+
+
 def test_sites_with_other_settings_are_named_three_differences():
     with meeting(secret=SECRET) as place:
         Joined(place)

@@ -101,16 +101,13 @@ class Coding:
 
     def decoded(self, step: int, message: bytes, replicas: Sequence[int], parameters: Sequence[int]) -> dict[int, list]:
         """Return, for each of a worker's replicas, what the payloads in its message stand for."""
-        codec, start = self.codec.at(step), 0
-        found: dict[int, list[torch.Tensor]] = {}
+        codec, tensors = self.codec.at(step), [self._tensors[index] for index in parameters]
         flat = torch.frombuffer(bytearray(message), dtype=torch.uint8) if message else torch.empty(0, dtype=torch.uint8)
-        for replica in replicas:
-            found[replica] = []
-            for index in parameters:
-                length = codec.num_bytes(self._tensors[index].shape, self._tensors[index].dtype)
-                found[replica].append(self.decode(step, index, flat[start : start + length]))
-                start += length
-        return found
+        each = self.num_bytes(step, parameters)
+        return {
+            replica: codec.decode_all(flat[number * each : (number + 1) * each], tensors)
+            for number, replica in enumerate(replicas)
+        }
 
     def reseat(self) -> None:
         """Take the replicas that fall to this worker now. Collective."""

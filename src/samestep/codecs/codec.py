@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -103,6 +103,23 @@ class Codec(ABC):
                 f"the tensor's own shape."
             )
         return self._unpack(payload.contiguous(), torch.Size(shape), sum_dtype(dtype)).reshape(shape)
+
+    def decode_all(self, payload: torch.Tensor, like: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the tensors that a message stands for: what `encode` gave for each, one after the other.
+
+        Args:
+            payload: the message, uint8.
+            like: tensors of the shapes and dtypes that were encoded.
+
+        Raises:
+            MismatchError: see `decode`.
+        """
+        found, start = [], 0
+        for tensor in like:
+            stop = start + self.num_bytes(tensor.shape, tensor.dtype)
+            found.append(self.decode(payload[start:stop], tensor.shape, tensor.dtype))
+            start = stop
+        return found
 
     @abstractmethod
     def _pack(self, values: torch.Tensor, key: Key, state: State) -> torch.Tensor:

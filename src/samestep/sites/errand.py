@@ -152,9 +152,15 @@ class Errand:
         self._has_joined = True
         return content
 
-    def leave(self) -> None:
-        """Say that the run has come to its end; if nobody hears it, the others wait once more."""
+    def leave(self, start: Start, known: tuple[int, int]) -> None:
+        """Say that the run has come to its end; if nobody hears it, the others wait once more.
+
+        Args:
+            start, known: see `give`: only who speaks for the site can take leave for it, so this life joins first.
+        """
         with contextlib.suppress(Unreachable, SamestepError):
+            if not self._has_joined:
+                self._join(start, *known)
             self._ask("/leave", {"site": self._site})
 
     def _ask(self, path: str, frame: dict[str, Any]) -> tuple[int, Any]:

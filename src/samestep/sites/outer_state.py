@@ -193,12 +193,7 @@ class OuterState:
         self._optimizer.load_state_dict({"state": state, "param_groups": groups})
 
     def _decoded(self, content: Content) -> list[torch.Tensor]:
-        codec, start, found = self._codec.at(content.step), 0, []
-        for parameter in self._parameters:
-            length = codec.num_bytes(parameter.shape, parameter.dtype)
-            found.append(codec.decode(content.payload[start : start + length], parameter.shape, parameter.dtype))
-            start += length
-        return found
+        return self._codec.at(content.step).decode_all(content.payload, self._parameters)
 
     def _encoded(self, before: Sequence[torch.Tensor], step: int) -> bytes:
         """Return what the round changes, encoded, and let the weights be what comes of that."""

@@ -1,6 +1,6 @@
 """The meeting place: who takes part, what they bring, and when a round is made of it.
 
-What a round has made is on disk before anybody is told of it.
+What a round has made is on disk before anybody is told of it; a disk that fails is told, and the rounds go on.
 """
 
 from __future__ import annotations

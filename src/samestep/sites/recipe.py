@@ -157,7 +157,7 @@ class LiveSites(LiveSynchronous):
         if standing.has_joined and standing.items:
             self._visit(line_of_user())
         if standing.has_joined and self.group.worker.is_first:
-            self._errand.leave()
+            self._site.leave(self._errand)
 
     def reseat(self) -> None:
         super().reseat()

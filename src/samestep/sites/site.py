@@ -170,10 +170,13 @@ class Site:
                 baseline.leave_mark()
         return {"standing": asdict(standing), "gift": self.gift, "buffers": buffers}
 
+    def leave(self, errand: Errand) -> None:
+        """Take leave of the others; the first worker does it."""
+        errand.leave(self._start, (self.standing.round, self.standing.known))
+
     def _give(self, errand: Errand) -> Told:
         assert self.gift is not None
-        standing = self.standing
-        return errand.give(self.gift, self._start, (standing.round, standing.known))
+        return errand.give(self.gift, self._start, (self.standing.round, self.standing.known))
 
     def _encoded(self) -> dict[str, Any]:
         """Return what the site has learned since the last answer, as a contribution."""
@@ -226,11 +229,9 @@ class Site:
         for baseline in self._baselines:
             weights += [anchor.cpu().contiguous().clone() for anchor in baseline.anchor]
         for step, message in enumerate(told.changes, told.round - len(told.changes)):
-            codec, payload, start = self._back.at(step), torch.frombuffer(bytearray(message), dtype=torch.uint8), 0
-            for weight in weights:
-                stop = start + codec.num_bytes(weight.shape, weight.dtype)
-                weight.sub_(codec.decode(payload[start:stop], weight.shape, weight.dtype))
-                start = stop
+            payload = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+            for weight, change in zip(weights, self._back.at(step).decode_all(payload, weights), strict=True):
+                weight.sub_(change)
         return weights if tensors_digest((str(i), w) for i, w in enumerate(weights)) == told.digest else None
 
     def _start(self) -> dict[str, Any]:
