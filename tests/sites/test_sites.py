@@ -81,6 +81,22 @@ def test_a_site_without_others_is_as_one_that_never_met_any():
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
+def test_what_holds_steps_that_count_already_counts_in_none():
+    """As after an outage that an earlier life of the run did not have: the place knows update 5, which lies within."""
+    standings = []
+
+    def after(run, step) -> None:
+        if step.number == 5:
+            run._session.agreed._site.standing.known = 5
+        standings.append(run._session.agreed.facts()["site"])
+
+    with meeting() as place:
+        way = samestep.Sites(place.at, "alone", every=4, quorum=1)
+        play(train(way, rows(), ROWS, steps=8, after=after), 1, 1)
+    assert [standings[-1][name] for name in ("counted", "refused", "given")] == [1, 1, 8]
+    assert told_of_rounds(place) == ["alone."]
+
+
 def test_the_state_is_kept_in_memory_after_each_answer(monkeypatch):
     asked = []
     ask = Calls.ask
