@@ -46,9 +46,21 @@ def test_long_work_outside_of_a_step_is_never_a_hang(phase):
 
 
 @pytest.mark.parametrize("phase", ["other", "outside", "wait", "compute"])
-def test_a_stopped_worker_is_hung_wherever_it_is(phase):
+def test_a_stopped_worker_is_hung_after_a_second_wherever_it_is(phase):
     others = replace(STEP, rank=1, phase="wait")
-    assert silent_for(6, replace(STEP, phase=phase, stopped=True), others) == 0
+    assert silent_for(0.5, replace(STEP, phase=phase, stopped=True), others) is None
+    assert silent_for(1.0, replace(STEP, phase=phase, stopped=True), others) == 0
+
+
+def test_the_second_begins_when_it_is_stopped():
+    patience = Patience()
+    silent_for(4.5, STEP, patience=patience)
+    for pause in (1005.0, 1006.0):
+        assert patience.look(pause, [replace(STEP, stopped=True)]) is None, "a short stop in a long shard is no hang"
+        if pause == 1005.0:
+            patience.spare(0)
+            patience.look(1005.5, [STEP])
+    assert patience.look(1007.0, [replace(STEP, stopped=True)]).rank == 0
 
 
 def test_a_worker_in_a_debugger_is_not_hung():
@@ -78,7 +90,7 @@ def test_steps_that_become_longer_are_not_hangs():
 def test_the_first_step_of_a_run_may_take_any_time():
     first = replace(STEP, num_steps=0, step_seconds=0.0)
     assert silent_for(3600, first) is None
-    assert silent_for(6, replace(first, stopped=True)) == 0
+    assert silent_for(1, replace(first, stopped=True)) == 0
 
 
 def test_the_first_step_of_a_later_fleet_may_take_twelve_times_as_long():
@@ -138,6 +150,7 @@ def test_of_two_the_one_that_is_silent_for_longer_is_named():
 def test_the_users_own_limit():
     assert silent_for(1.5, STEP, patience=Patience(1.0)) == 0
     assert silent_for(30, STEP, patience=Patience(60.0)) is None
+    assert silent_for(30, replace(STEP, stopped=True), patience=Patience(60.0, stopped=60.0)) is None
     assert silent_for(3600, STEP, replace(STEP, rank=1, stopped=True), patience=Patience(0)) is None
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from samestep.guarding import stack
-from samestep.guarding.patience import FLOOR, Patience
+from samestep.guarding.patience import FLOOR, STOPPED, Patience
 from samestep.guarding.pulse import Pulses, Reading
 from samestep.guarding.stack import StackFile
 
@@ -58,12 +58,14 @@ class Fence:
 
         Args:
             call: number of the launch call.
-            hang_after: seconds that the user gives a silent worker at least; 0 is for ever, None the default.
+            hang_after: seconds that the user gives a silent worker at least, stopped or not; 0 is for ever, None the
+                default.
         """
         if call != self._call:
             self._call = call
             self._patience.forget()
         self._patience.floor = FLOOR if hang_after is None else hang_after
+        self._patience.stopped = STOPPED if hang_after is None else hang_after
         self._is_on = self._patience.floor > 0
 
     def renew(self, rank: int) -> None:

@@ -3,7 +3,7 @@
     in a shard, reading data, in the update     hung after max(floor, 8 x the usual step) without a sign of life
     waiting for others                          never: those it waits for are looked at
     elsewhere in the user's code                never: it may take any time
-    stopped by a signal                         hung after as long, wherever it is
+    stopped by a signal                         hung after a second, wherever it is: the kernel says that nothing runs
 
 The first step of a run may take any time: much is compiled or read for the first time. The first step of a later fleet
 may take 12 floors, so that a hang at the same place is found again; so may the first reading of each `run.steps`.
@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from samestep.guarding.pulse import Reading
 
 FLOOR = 5.0
-"""Seconds. No worker is hung before, unless the user wants it."""
+"""Seconds. No worker that runs is hung before, unless the user wants it."""
+STOPPED = 1.0
+"""Seconds for a worker that was stopped by a signal: longer than a terminal takes to let all of them go on."""
 _USUAL_STEPS = 8
 _FIRST_STEP = 12
 _LONGEST_LOOK = 1.0
@@ -34,6 +36,7 @@ class _Seen:
     beats: float = -1.0
     num_steps: int = 0
     silence: float = 0.0
+    stopped_for: float | None = None
 
 
 class Patience:
@@ -41,10 +44,12 @@ class Patience:
 
     Attributes:
         floor: seconds; 0 never finds anyone hung.
+        stopped: seconds for a worker that was stopped by a signal.
     """
 
-    def __init__(self, floor: float = FLOOR):
+    def __init__(self, floor: float = FLOOR, stopped: float = STOPPED):
         self.floor = floor
+        self.stopped = stopped
         self._steps: deque[float] = deque(maxlen=64)
         self._seen: dict[int, _Seen] = {}
         self._looked_at: float | None = None
@@ -88,7 +93,7 @@ class Patience:
         # A step that was longer than usual, by the size of its batch for example, may be followed by more of them.
         latest = max((r.step_seconds for r in readings), default=0.0)
         usual = max(statistics.median(self._steps), latest) if self._steps else None
-        hung = [r for r in readings if self._seen[r.rank].silence > self._limit(r, usual)] if self.floor else []
+        hung = [r for r in readings if self._is_hung(r, usual)] if self.floor else []
         return max(hung, key=lambda r: self._seen[r.rank].silence, default=None)
 
     def _see(self, reading: Reading, since: float) -> None:
@@ -98,13 +103,19 @@ class Patience:
         seen.num_steps = reading.num_steps
         is_silent = reading.beats == seen.beats and (reading.phase in _WATCHED or reading.stopped)
         seen.silence = seen.silence + since if is_silent and not reading.traced else 0.0
+        if not reading.stopped:
+            seen.stopped_for = None
+        else:
+            seen.stopped_for = 0.0 if seen.stopped_for is None else seen.stopped_for + since
         seen.beats = reading.beats
 
-    def _limit(self, reading: Reading, usual: float | None) -> float:
-        """Return the longest silence, in seconds, that is no hang."""
+    def _is_hung(self, reading: Reading, usual: float | None) -> bool:
+        """Return whether a worker is silent for longer than work may take; `usual` is a step, in seconds, if known."""
+        seen = self._seen[reading.rank]
+        if seen.stopped_for is not None:
+            return seen.stopped_for >= self.stopped
         if usual is None:
-            # Nothing was measured yet, so a stopped process is all that can be told from work.
-            return self.floor if reading.stopped else float("inf")
-        is_start = reading.num_steps == 0 or (reading.begins and reading.phase == "data")
-        is_first = is_start and not reading.stopped
-        return max(self.floor * (_FIRST_STEP if is_first else 1), _USUAL_STEPS * usual)
+            # Nothing was measured yet, so work cannot be told from a hang.
+            return False
+        is_first = reading.num_steps == 0 or (reading.begins and reading.phase == "data")
+        return seen.silence > max(self.floor * (_FIRST_STEP if is_first else 1), _USUAL_STEPS * usual)

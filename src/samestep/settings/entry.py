@@ -74,7 +74,7 @@ def launch(
             memory (as much as weights and optimizer state, once or twice); a dead worker then ends the run.
         balance: let replicas move away from workers that are steadily slower (default). The result stays the same.
         hang_after: seconds without progress after which a worker is replaced, or 8 times the usual step if that is
-            longer; default 5; 0 for never.
+            longer; default 5, or 1 for a worker that was stopped by a signal; 0 for never.
         checkpoint: folder for checkpoints.
         every: steps between checkpoints, or time: "30s", "10m", "2h".
         async_checkpoints: write them beside training, which then pauses only while its state is copied in memory.
