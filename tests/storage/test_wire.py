@@ -102,3 +102,9 @@ def test_dtype_names():
     for name in ("nn", "int77", "load"):
         with pytest.raises(ValueError, match=name):
             wire.dtype_named(name)
+
+
+@pytest.mark.parametrize("text", [b"1 ", b"[1]2", b'"\xc3\xbc"', b"", b" 1"])
+def test_a_text_that_pack_does_not_write_is_no_frame(text):
+    with pytest.raises(ValueError):
+        wire.unpack(len(text).to_bytes(8, "little") + text)

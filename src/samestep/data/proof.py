@@ -112,6 +112,9 @@ class Coverage:
                 f"Step {batch.number} reads positions {batch.start}:{batch.stop} of epoch {batch.epoch}, but the steps "
                 f"before it ended at position {covered} of epoch {max(last_epoch, 0)}. Steps must follow one another."
             )
+        if follows and num_epochs == 1 and (len(self._runs) == 1 or self._runs[-2][2] != batch.stop):
+            self._runs[-1][2] = batch.stop
+            return
         if follows and batch.start > 0:
             self._runs.pop()
             self._append(first, num_epochs - 1, covered)
