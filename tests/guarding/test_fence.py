@@ -1,8 +1,10 @@
+import itertools
 import os
 from pathlib import Path
 
 import pytest
 
+from samestep.guarding import stack
 from samestep.guarding.fence import Fence
 
 SLEEPING = 'Current thread 0x1 (most recent call first):\n  File "/home/u/train.py", line 40 in main\n'
@@ -94,6 +96,15 @@ def test_a_stack_that_cannot_be_written_is_no_reason_to_wait(tmp_path):
     assert "Its stack could not be written: [Errno" in text
     assert "inside C code that lets no signal through" in text
     assert Path(in_the_way).is_file()
+
+
+@pytest.mark.parametrize(("used", "looks"), [(0, 2), (1, None)])
+def test_a_worker_that_works_between_its_stops_is_not_replaced(tmp_path, monkeypatch, used, looks):
+    ticks = itertools.count(step=used)
+    monkeypatch.setattr(stack, "state_of", lambda pid: "T")
+    monkeypatch.setattr(stack, "ticks_of", lambda pid: next(ticks))
+    found = watch(Member(SLEEPING), tmp_path)
+    assert (found and found[0]) == looks
 
 
 def test_zero_never_finds_anyone(tmp_path):

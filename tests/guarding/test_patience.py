@@ -60,7 +60,24 @@ def test_the_second_begins_when_it_is_stopped():
         if pause == 1005.0:
             patience.spare(0)
             patience.look(1005.5, [STEP])
+    assert patience.look(1006.5, [replace(STEP, stopped=True)]) is None
     assert patience.look(1007.0, [replace(STEP, stopped=True)]).rank == 0
+
+
+@pytest.mark.parametrize("moved", ["ticks", "beats"])
+def test_a_worker_that_is_stopped_and_let_go_in_turn_is_slow_not_stopped(moved):
+    patience = Patience()
+    for look in range(200):
+        paused = replace(STEP, stopped=True, **{moved: 100 + look // 2})
+        assert patience.look(look * 0.5, [paused]) is None
+
+
+def test_workers_that_wake_after_their_supervisor_are_not_stopped():
+    patience, stopped = Patience(), replace(STEP, stopped=True)
+    patience.look(1000.0, [STEP])
+    assert patience.look(1000.5, [stopped]) is None, "the whole run is being suspended"
+    assert patience.look(5000.0, [stopped]) is None, "it is let go, one process after the other"
+    assert patience.look(5000.5, [STEP]) is None
 
 
 def test_a_worker_in_a_debugger_is_not_hung():

@@ -110,6 +110,25 @@ def test_a_stopped_process_shows_where_it_stands():
         end(pid, file)
 
 
+def test_a_process_that_works_uses_time_and_a_stopped_one_does_not():
+    def work():
+        while True:
+            pass
+
+    pid, file = child(work)
+    try:
+        wait_until(lambda: stack.ticks_of(pid) > 5)
+        os.kill(pid, signal.SIGSTOP)
+        wait_until(lambda: stack.state_of(pid) == "T")
+        used = stack.ticks_of(pid)
+        time.sleep(0.1)
+        assert stack.ticks_of(pid) == used
+    finally:
+        end(pid, file)
+    assert stack.ticks_of(pid) == 0
+    assert stack.state_of(pid) == ""
+
+
 def test_a_process_without_the_handler_is_not_sent_the_signal():
     process, file = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]), StackFile(0)
     try:

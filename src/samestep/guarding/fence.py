@@ -125,7 +125,8 @@ class Fence:
 
     def _read(self, member: Suspect) -> Reading:
         state = stack.state_of(member.pid)
-        return self.pulses.read(member.rank, stopped=state == "T", traced=state == "t")
+        ticks = stack.ticks_of(member.pid)
+        return self.pulses.read(member.rank, stopped=state == "T", traced=state == "t", ticks=ticks)
 
     def _keep(self, found: Reading, text: str, run_folder: str | None) -> str:
         """Write the stack to a new file; return the sentence that says where."""

@@ -4,6 +4,7 @@
     waiting for others                          never: those it waits for are looked at
     elsewhere in the user's code                never: it may take any time
     stopped by a signal                         hung after a second, wherever it is: the kernel says that nothing runs
+    stopped and let go in turn (cpulimit)       slow, not stopped: it uses processor time between the looks
 
 The first step of a run may take any time: much is compiled or read for the first time. The first step of a later fleet
 may take 12 floors, so that a hang at the same place is found again; so may the first reading of each `run.steps`.
@@ -34,6 +35,7 @@ class _Seen:
     """What is known of one worker of the fleet."""
 
     beats: float = -1.0
+    ticks: int = 0
     num_steps: int = 0
     silence: float = 0.0
     stopped_for: float | None = None
@@ -103,11 +105,15 @@ class Patience:
         seen.num_steps = reading.num_steps
         is_silent = reading.beats == seen.beats and (reading.phase in _WATCHED or reading.stopped)
         seen.silence = seen.silence + since if is_silent and not reading.traced else 0.0
+        went_on = (reading.beats, reading.ticks) != (seen.beats, seen.ticks)
         if not reading.stopped:
             seen.stopped_for = None
+        elif seen.stopped_for is None or went_on:
+            seen.stopped_for = 0.0
         else:
-            seen.stopped_for = 0.0 if seen.stopped_for is None else seen.stopped_for + since
-        seen.beats = reading.beats
+            # Two pauses at least: while a suspended run is let go, this process may wake before its workers.
+            seen.stopped_for += min(since, self.stopped / 2)
+        seen.beats, seen.ticks = reading.beats, reading.ticks
 
     def _is_hung(self, reading: Reading, usual: float | None) -> bool:
         """Return whether a worker is silent for longer than work may take; `usual` is a step, in seconds, if known."""

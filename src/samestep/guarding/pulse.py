@@ -37,6 +37,7 @@ class Reading:
         begins: its step is the first of a `run.steps`: data is opened.
         stopped: it is stopped by a signal.
         traced: a debugger holds it.
+        ticks: processor time that it has used, in ticks of the kernel.
     """
 
     rank: int
@@ -49,6 +50,7 @@ class Reading:
     begins: bool = False
     stopped: bool = False
     traced: bool = False
+    ticks: int = 0
 
 
 class Pulse:
@@ -103,7 +105,7 @@ class Pulses:
         """Forget what a worker noted: another takes its place."""
         self._words[_WORDS * rank : _WORDS * (rank + 1)] = memoryview(array("d", [0.0] * _WORDS))
 
-    def read(self, rank: int, stopped: bool = False, traced: bool = False) -> Reading:
+    def read(self, rank: int, stopped: bool = False, traced: bool = False, ticks: int = 0) -> Reading:
         """Return what a worker last noted, with what else is known of its process."""
         line = self._words[_WORDS * rank : _WORDS * (rank + 1)].tolist()
         return Reading(
@@ -117,4 +119,5 @@ class Pulses:
             begins=bool(line[6]),
             stopped=stopped,
             traced=traced,
+            ticks=ticks,
         )
