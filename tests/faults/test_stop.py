@@ -90,6 +90,21 @@ def test_the_second_ctrl_c_ends_it_at_once(steered, by):
     assert "Nothing is kept" in lines[-1]
 
 
+@pytest.mark.parametrize("by", [("-m", "samestep", "run"), ()])
+def test_where_nobody_reads_any_more_the_step_is_kept_all_the_same(steered, shell, by):
+    """The terminal is closed, or Ctrl-C ended `tee`, too."""
+    settings = ("--workers", 2, "--checkpoint", "kept") if by else ()
+    run = steered(*settings, by=by, after=() if by else ("checkpoint=kept",))
+    run.read_until("step 5")
+    run.process.stdout.close()
+    run.process.stderr.close()
+    time.sleep(0.3)  # lets it print a few lines
+    run.process.send_signal(signal.SIGHUP)
+    code = run.process.wait(60)
+    assert code == 128 + signal.SIGHUP
+    assert len(list((shell.folder / "kept").glob("step-*"))) == 1
+
+
 def test_a_signal_that_comes_twice_at_once_counts_once(steered):
     run = steered("--workers", 2, "--checkpoint", "kept")
     run.read_until("step 5")

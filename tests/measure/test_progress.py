@@ -1,4 +1,9 @@
+import contextlib
 import io
+import itertools
+import os
+
+import pytest
 
 from samestep.measure.progress import Progress, line_of
 
@@ -54,6 +59,19 @@ def test_without_a_terminal_a_line_comes_every_ten_seconds():
     for screen.now in (1.0, 9.9, 10.0, 10.1, 19.9, 20.0):
         screen.progress.update({"step": int(screen.now * 10)})
     assert screen.text == "train.py  step 100\ntrain.py  step 200\n"
+
+
+@pytest.mark.parametrize("is_live", [True, False])
+def test_a_line_that_cannot_be_written_is_no_error(is_live):
+    now = itertools.count(step=20.0)
+    with open("/dev/full", "w") as full:
+        progress = Progress("train.py", full, is_live=is_live, clock=lambda: next(now), write_to=os.write)
+        progress.update({"step": 1})
+        progress.say("All is well.")
+        progress.write(full.fileno(), b"printed")
+        progress.close()
+        with contextlib.suppress(OSError):
+            full.close()
 
 
 def test_prints_pass_above_the_line():

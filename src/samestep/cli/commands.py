@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import traceback
 from collections.abc import Callable
@@ -252,5 +253,6 @@ def _end(act: Callable[[], tuple[int, str]]) -> None:
     except SyntaxError as error:
         code, message = 1, "".join(traceback.format_exception_only(error)).rstrip()
     if message:
-        print(message, file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print(message, file=sys.stderr)
     sys.exit(code)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import faulthandler
+import io
 import os
 import sys
 import tempfile
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,29 @@ class Outlet:
         self.pipes, self._targets = {}, {}
 
 
+class _Outlived(io.FileIO):
+    """A stream whose reader may end first: Ctrl-C ends `tee` too, a terminal is closed. Then prints are dropped, since
+    the step in which one is made is to be finished, and kept."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            return memoryview(data).nbytes
+
+
+def _lasting(text: TextIO, stream: int) -> TextIO:
+    """Return a text stream to descriptor `stream`, of the same kind as `text`, whose lines leave at once."""
+    if not isinstance(text, io.TextIOWrapper):
+        return text
+    raw = _Outlived(stream, "w", closefd=False)
+    # Under `python -u` there is no buffer.
+    buffer: Any = raw if text.write_through else io.BufferedWriter(raw)
+    return io.TextIOWrapper(buffer, text.encoding, text.errors, line_buffering=True, write_through=text.write_through)
+
+
 class WorkerOutput:
     """Standard output and standard error of the workers in one slot, made before the fork."""
 
@@ -98,10 +123,7 @@ class WorkerOutput:
             nothing = os.open(os.devnull, os.O_RDONLY)
             os.dup2(nothing, 0)
             os.close(nothing)
-        for text in (sys.stdout, sys.stderr):
-            reconfigure = getattr(text, "reconfigure", None)
-            if reconfigure is not None:
-                reconfigure(line_buffering=True)
+        sys.stdout, sys.stderr = _lasting(sys.stdout, 1), _lasting(sys.stderr, 2)
 
     def mark(self, num_calls: int) -> None:
         """In a worker that is not the first: so many calls are recorded, and so much is printed."""

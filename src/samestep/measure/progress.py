@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
@@ -19,7 +20,8 @@ _BAR_WIDTH = 20
 class Progress:
     """Shows frames of a run, and lets what the script prints pass above.
 
-    There is no thread: the line is drawn when something arrives.
+    There is no thread: the line is drawn when something arrives. Where nobody can read it any more (the terminal was
+    closed, `tee` has ended, the log's disk is full) the run goes on without.
     """
 
     def __init__(
@@ -63,14 +65,12 @@ class Progress:
             self._draw()
         elif self._clock() - self._told_at >= _PLAIN_SECONDS:
             self._told_at = self._clock()
-            self._stream.write(self._line + "\n")
-            self._stream.flush()
+            self._put(self._line + "\n")
 
     def say(self, text: str) -> None:
         """Show a sentence that stays."""
         self._erase()
-        self._stream.write(text + "\n")
-        self._stream.flush()
+        self._put(text + "\n")
         self._draw()
 
     def write(self, stream: int, data: bytes) -> None:
@@ -78,7 +78,8 @@ class Progress:
         if not data:
             return
         self._erase()
-        self._write_to(stream, data)
+        with contextlib.suppress(OSError):
+            self._write_to(stream, data)
         self._at_line_start = data.endswith(b"\n")
         self._draw()
 
@@ -86,8 +87,7 @@ class Progress:
         """Take the line away."""
         self._erase()
         if self._is_live and not self._at_line_start:
-            self._stream.write("\n")
-            self._stream.flush()
+            self._put("\n")
             self._at_line_start = True
         self._line = ""
 
@@ -104,15 +104,18 @@ class Progress:
     def _draw(self) -> None:
         if self._is_live and self._line and self._at_line_start:
             width = shutil.get_terminal_size().columns - 1
-            self._stream.write(_ERASE + self._line[:width])
-            self._stream.flush()
+            self._put(_ERASE + self._line[:width])
             self._is_drawn = True
 
     def _erase(self) -> None:
         if self._is_drawn:
-            self._stream.write(_ERASE)
-            self._stream.flush()
+            self._put(_ERASE)
             self._is_drawn = False
+
+    def _put(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+            self._stream.flush()
 
 
 def line_of(title: str, frame: dict[str, Any], *, with_bar: bool = False) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import Any
@@ -67,8 +68,10 @@ class Audience:
             SettingsError: the file cannot be written.
         """
         self.close()
-        for facts in self.facts.values():
-            show(facts, sys.stderr)
+        # Whether anybody can read it or not (a closed terminal), the run has ended well.
+        with contextlib.suppress(OSError):
+            for facts in self.facts.values():
+                show(facts, sys.stderr)
         if summary_path is not None and self.facts:
             store(self.facts[max(self.facts)], summary_path)
 

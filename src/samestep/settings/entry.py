@@ -356,7 +356,8 @@ def _launch_elsewhere(main: Callable[[Any], Any], asked: Options) -> Any:
 
 def _leave(code: int, message: str) -> NoReturn:
     if message:
-        print(message, file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print(message, file=sys.stderr)
     raise SystemExit(code)
 
 
