@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import sys
 
 from samestep.launching.output import Outlet, Plumbing, WorkerOutput
 
@@ -79,4 +80,19 @@ def test_hidden_prints_stay_hidden():
 
     worker(output, outlet, act)
     assert (outlet.pipes, output.text()) == ({}, b"one\ntwo\n")
+    output.close()
+
+
+def test_prints_that_nobody_reads_any_more_are_no_error(monkeypatch):
+    # The test runner's own writes elsewhere.
+    monkeypatch.setattr(sys, "stdout", open(1, "w", closefd=False))  # noqa: SIM115  closes nothing
+    outlet, output = Outlet(Plumbing(pipe_stdout=True)), WorkerOutput(0)
+    os.close(outlet.pipes.pop(1))
+
+    def act():
+        print("a line")
+        print("and a half", end="", flush=True)
+
+    assert worker(output, outlet, act, is_first=True) == 0
+    outlet.close()
     output.close()
