@@ -6,6 +6,8 @@ import time
 
 import pytest
 
+from samestep.guarding.stack import state_of
+
 
 def ended_within(run, seconds):
     begin = time.monotonic()
@@ -124,6 +126,25 @@ def test_a_signal_to_every_process_of_the_run_is_as_good(steered, shell):
     code, lines = ended_within(run, 5)
     assert code == 143
     assert "What is kept is the checkpoint after step" in lines[-1]
+
+
+def test_ctrl_z_suspends_all_of_a_run_and_costs_nothing(steered, shell, undisturbed):
+    run = steered(by=(), seconds=0.01)
+    run.read_until("step 5")
+    run.process.send_signal(signal.SIGTSTP)
+    deadline = time.monotonic() + 30
+    alive = shell.processes()
+    while {state_of(pid) for pid in alive} != {"T"}:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+        alive = shell.processes()
+    assert len(alive) > 1, "it went on to its end"
+    time.sleep(1.5)  # longer than a worker may be stopped alone
+    run.process.send_signal(signal.SIGCONT)
+    code, err = run.end()
+    assert code == 0, err
+    assert "hung" not in err
+    assert run.result == undisturbed
 
 
 def test_a_script_that_swallows_everything_is_stopped_all_the_same(steered):

@@ -183,6 +183,7 @@ def _reply(frames: list[Frame], process: subprocess.Popen[bytes]) -> Reply:
 @contextlib.contextmanager
 def _passing_on(process: subprocess.Popen[bytes], passed_on: list[int]) -> Iterator[None]:
     """Give signals that would end this process to the zygote, which ends the run in order; they are noted in a list.
+    Ctrl-Z suspends the whole run, until this process is let go again.
 
     Where the user's process does something of its own at them, or this is not its main thread, that stays.
     """
@@ -194,9 +195,17 @@ def _passing_on(process: subprocess.Popen[bytes], passed_on: list[int]) -> Itera
         passed_on.append(number)
         process.send_signal(number)
 
-    mine = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    def suspend(*_: Any) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGCONT)
+
+    acts = {signal.SIGTERM: pass_on, signal.SIGHUP: pass_on, signal.SIGTSTP: suspend}
+    mine = [n for n in acts if signal.getsignal(n) is signal.SIG_DFL]
     for number in mine:
-        signal.signal(number, pass_on)
+        signal.signal(number, acts[number])
     try:
         yield
     finally:
