@@ -1,5 +1,7 @@
 import signal
 
+import pytest
+
 from samestep.errors import IntegrityError
 from samestep.launching.failure import Failure
 from samestep.launching.verdict import Action, Verdict
@@ -170,3 +172,10 @@ def test_the_same_error_is_the_same_in_another_process():
         assert outcome.died is not None and f"pid {pid}" in outcome.died
         errors.append(outcome.error)
     assert errors[0] == errors[1] and "Worker 1" in errors[0]
+
+
+@pytest.mark.parametrize(("text", "told"), [("", "a MemoryError."), ("of 1 GiB", "a MemoryError: of 1 GiB.")])
+def test_an_error_without_a_text_is_named_alone(text, told):
+    verdict = Verdict(2)
+    verdict.failed(Failure(kind="MemoryError", message=text, rank=1, may_pass=True))
+    assert verdict.outcome().died == f"Worker 1 had {told}"

@@ -196,5 +196,6 @@ def _in_short(cause: Failure) -> str | None:
     if cause.may_pass and cause.kind == IntegrityError.__name__:
         return cause.message
     if cause.kind:
-        return f"Worker {cause.rank} had a {cause.kind}: {cause.message}." if cause.may_pass else None
+        what = ": ".join(filter(None, (cause.kind, cause.message)))
+        return f"Worker {cause.rank} had a {what}." if cause.may_pass else None
     return cause.message.partition(":")[0] + "."
