@@ -13,6 +13,7 @@ from refusing import made, refused, train
 from torch import nn
 from zoo import Convolutional, Perceptron, classes_loss, vectors
 
+from samestep.core import calls
 from samestep.errors import (
     DataError,
     EditedWeightsError,
@@ -530,3 +531,8 @@ def test_control_flow_that_differs():
     for main in (another_call, one_more_call):
         message = refused(MismatchError, ["different calls"], main, workers=(2, 3))
         assert len(set(re.findall(r"\w+\.py:\d+", message))) == 2, message
+
+
+def test_a_call_without_a_line_of_the_script_is_named_alone():
+    assert calls._with_line("the end of main", "") == "the end of main"
+    assert calls._with_line("run.mean", "train.py:7") == "run.mean (train.py:7)"

@@ -180,8 +180,14 @@ class Calls:
         self, kind: str, where: str, rank: int, number: int, their_kind: str, their_line: str, mine: int | None = None
     ) -> MismatchError:
         mine = mine if mine is not None else self.number
+        me, other = _with_line(kind, where), _with_line(their_kind, their_line)
         return MismatchError(
-            f"Workers are at different calls: worker {self._group.worker.rank} at call {mine}, {kind} "
-            f"({where}); worker {rank} at call {number}, {their_kind} ({their_line}). The script took different paths. "
+            f"Workers are at different calls: worker {self._group.worker.rank} at call {mine}, {me}; "
+            f"worker {rank} at call {number}, {other}. The script took different paths. "
             f"Decide by step.loss, step.mean, run.mean or run.once, which are the same on every worker."
         )
+
+
+def _with_line(kind: str, line: str) -> str:
+    """Name a call and its line; the end of main has none."""
+    return f"{kind} ({line})" if line else kind
