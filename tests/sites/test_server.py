@@ -166,7 +166,7 @@ class Relay:
         self.told: list[bytes] = []
         self._door = socket.create_server(("127.0.0.1", 0))
         self.port = self._door.getsockname()[1]
-        self._thread = threading.Thread(target=self._run, args=(port, changes))
+        self._thread = threading.Thread(target=self._run, args=(port, changes), daemon=True)
         self._thread.start()
 
     def _run(self, port: int, changes: Sequence[Callable[[bytes], bytes] | None]) -> None:
@@ -207,6 +207,49 @@ def test_an_answer_that_was_changed_on_the_way_is_not_believed():
         relay.close()
 
 
+def http(status: int, content: bytes = b"<html>busy</html>") -> Callable[[bytes], bytes]:
+    """Return what a proxy makes of any answer."""
+    head = f"HTTP/1.1 {status} What\r\nContent-Type: text/html\r\nContent-Length: {len(content)}\r\n\r\n"
+    return lambda told: head.encode() + content
+
+
+def cut_off(told: bytes) -> bytes:
+    return told[:-3]
+
+
+@pytest.mark.parametrize("change", [http(502), http(503), cut_off, lambda told: b""])
+def test_what_a_broken_way_answers_is_no_reason_to_end_a_run_that_begins(monkeypatch, change):
+    monkeypatch.setattr(visitor_module, "_PAUSES", (0.01,))
+    with meeting(secret=SECRET) as place:
+        relay = Relay(place.port, THROUGH, change, THROUGH)
+        assert Visitor("127.0.0.1", relay.port, SECRET).ask("/newest", {}, 5.0)[0] == 410
+        relay.close()
+
+
+@pytest.mark.parametrize("change", [http(200), http(302), http(404), flipped])
+def test_who_is_no_meeting_place_is_told_so_at_the_beginning_and_tried_again_later(monkeypatch, change):
+    monkeypatch.setattr(visitor_module, "_PAUSES", (0.01,))
+    with meeting(secret=SECRET) as place:
+        relay = Relay(place.port, THROUGH, change)
+        with pytest.raises(MismatchError, match="is no meeting place"):
+            Visitor("127.0.0.1", relay.port, SECRET).ask("/newest", {}, 5.0)
+        relay.close()
+        relay = Relay(place.port, THROUGH, THROUGH, change, change, THROUGH)
+        known = Visitor("127.0.0.1", relay.port, SECRET)
+        assert [known.ask("/newest", {}, 5.0)[0] for _ in range(2)] == [410, 410]
+        relay.close()
+
+
+def test_a_long_question_finds_a_place_that_was_started_again():
+    """Which refuses it before it is read, as the proof is one for the place's life before."""
+    long = {"much": torch.zeros(16 << 20, dtype=torch.uint8)}
+    with meeting(secret=SECRET) as place:
+        known = visitor(place)
+        assert known.ask("/newest", {}, 5.0)[0] == 410
+    with meeting(secret=SECRET, port=place.port):
+        assert known.ask("/newest", long, 1.0)[0] == 410
+
+
 def test_what_was_asked_and_answered_before_is_not_believed_again():
     with meeting(secret=SECRET) as place:
         joined = Joined(place)
@@ -233,8 +276,9 @@ def test_a_link_may_be_slower_than_any_timeout(monkeypatch):
     monkeypatch.setattr(server_module, "_BODY_SECONDS", 1.0)
     many = torch.zeros(1 << 20)
     with meeting(secret=SECRET) as place, socket.create_server(("127.0.0.1", 0)) as door:
-        # Two for the first question, since each life of a place wants proofs of its own, and one with the weights.
-        link = threading.Thread(target=trickle, args=(door, place.port, 4 << 20, 3))
+        # Two for the first question, since each life of a place wants proofs of its own; before the weights, one that
+        # asks whether it is still that life.
+        link = threading.Thread(target=trickle, args=(door, place.port, 4 << 20, 4))
         link.start()
         slow = Errand(Visitor("127.0.0.1", door.getsockname()[1], SECRET), "a", sized(many), 5.0, lambda: False)
         begin = time.monotonic()

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from samestep.errors import SettingsError
 
+PIECE = 1 << 16
+"""Bytes. Timeouts hold for so much of a message, so that a link may be as slow as it is."""
 _LEAST_BYTES = 16
 
 

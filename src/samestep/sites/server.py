@@ -1,5 +1,6 @@
-"""The meeting place, over HTTP. Five questions, each a POST of a packed frame:
+"""The meeting place, over HTTP. Six questions, each a POST of a packed frame:
 
+    /          nothing; who asks it learns the server's life (`epoch`)
     /join      a site takes part: settings and shapes; the first brings its weights
     /give      a contribution
     /outcome   what became of one; held back for some seconds where that is not known yet
@@ -31,8 +32,6 @@ from samestep.storage import wire
 
 HOLD_SECONDS = 1.0
 """A question is held back for so long; then it is asked again. A Ctrl-C at the site is heard as late as that."""
-PIECE = 1 << 16
-"""Bytes. Timeouts hold for so much, so that a link may be as slow as it is."""
 _MOST_CONNECTIONS = 256
 _MOST_OF_ONE = 64
 _MOST_NONCES = 1 << 20
@@ -141,8 +140,8 @@ class _Handler(BaseHTTPRequestHandler):
         shown = proof.sign(secret, b"reply", nonce.encode(), b"%d" % status, proof.digest(reply))
         self.send_header("Samestep-Proof", shown)
         self.end_headers()
-        for start in range(0, len(reply), PIECE):
-            self.wfile.write(reply[start : start + PIECE])
+        for start in range(0, len(reply), proof.PIECE):
+            self.wfile.write(reply[start : start + proof.PIECE])
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing: the place tells what matters."""
@@ -150,6 +149,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _answered(self, body: bytes) -> tuple[int, bytes]:
         """Return status and content of the answer."""
         try:
+            if self.path == "/":
+                return 200, wire.pack({})
             frame = wire.unpack(body)
             match self.path:
                 case "/join":

@@ -13,9 +13,8 @@ from samestep.sites import proof
 from samestep.storage import wire
 
 _CONNECT_SECONDS = 5.0
-_PIECE = 1 << 16
 _PIECE_SECONDS = 30.0
-"""For so many bytes on their way, and for an answer to begin."""
+"""For a piece on its way, and for an answer to begin."""
 _PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0)
 _ERRORS = {409: MismatchError, 422: NonFiniteError}
 
@@ -81,14 +80,10 @@ class Visitor:
 
     def _once(self, path: str, body: bytes, seconds: float) -> tuple[int, Any]:
         """Ask once; see `ask`. Nobody is waited for longer than `seconds` where nothing comes."""
-        nonce = secrets.token_hex(16)
-        reply, content = self._exchange(path, body, nonce, seconds)
-        epoch = reply.getheader("Samestep-Epoch", "")
-        if reply.status == 403 and epoch not in ("", self._epoch):
-            # Each life of the place wants proofs of its own.
-            self._epoch = epoch
-            nonce = secrets.token_hex(16)
-            reply, content = self._exchange(path, body, nonce, seconds)
+        if len(body) > proof.PIECE:
+            # A long question that is refused before it is read breaks off before the refusal is heard.
+            self._in_epoch("/", b"", seconds)
+        nonce, reply, content = self._in_epoch(path, body, seconds)
         parts = (b"reply", nonce.encode(), b"%d" % reply.status, proof.digest(content))
         if not proof.holds(reply.getheader("Samestep-Proof", ""), self._secret, *parts):
             if reply.status >= 500:
@@ -98,6 +93,18 @@ class Visitor:
                 f"meeting place. Give `samestep meet` and all sites the same file."
             )
         return reply.status, wire.unpack(content)
+
+    def _in_epoch(self, path: str, body: bytes, seconds: float) -> tuple[str, http.client.HTTPResponse, bytes]:
+        """Return the nonce of a question, and what came; ask again where the place is in another life than believed."""
+        nonce = secrets.token_hex(16)
+        reply, content = self._exchange(path, body, nonce, seconds)
+        epoch = reply.getheader("Samestep-Epoch", "")
+        if reply.status == 403 and epoch not in ("", self._epoch):
+            # Each life of the place wants proofs of its own.
+            self._epoch = epoch
+            nonce = secrets.token_hex(16)
+            reply, content = self._exchange(path, body, nonce, seconds)
+        return nonce, reply, content
 
     def _exchange(self, path: str, body: bytes, nonce: str, seconds: float) -> tuple[http.client.HTTPResponse, bytes]:
         digest = proof.digest(body).hex()
@@ -115,17 +122,19 @@ class Visitor:
             connection.request("POST", path, self._pieces(body), headers)
             reply = connection.getresponse()
             content = bytearray()
-            while piece := reply.read(_PIECE):
+            while piece := reply.read(proof.PIECE):
                 self._check()
                 content += piece
+            if reply.length:
+                raise OSError(f"its answer broke off, {reply.length} bytes before the end")
         finally:
             connection.close()
         return reply, bytes(content)
 
     def _pieces(self, body: bytes) -> Iterator[bytes]:
-        for start in range(0, len(body), _PIECE):
+        for start in range(0, len(body), proof.PIECE):
             self._check()
-            yield body[start : start + _PIECE]
+            yield body[start : start + proof.PIECE]
 
     def _check(self) -> None:
         """Break off where the run is to end."""
