@@ -64,7 +64,7 @@ def start() -> dict:
 
 def contribution(sequence: int = 1, **changed) -> dict:
     payload = wire.bytes_of(torch.ones(2, 3))
-    frame = {"sequence": sequence, "base": 0, "items": 4.0, "step": 0, "training": "", "buffers": EMPTY}
+    frame = {"sequence": sequence, "first": sequence - 1, "base": 0, "items": 4.0, "step": 0, "training": "", "buffers": EMPTY}
     return {**frame, "payload": torch.frombuffer(bytearray(payload), dtype=torch.uint8), **changed}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -82,12 +83,13 @@ def test_a_site_without_others_is_as_one_that_never_met_any():
 
 
 def test_what_holds_steps_that_count_already_counts_in_none():
-    """As after an outage that an earlier life of the run did not have: the place knows update 5, which lies within."""
+    """As of a run that had ended at update 5, and goes on from its checkpoint before: the place knows of it alone."""
     standings = []
 
     def after(run, step) -> None:
         if step.number == 5:
-            run._session.agreed._site.standing.known = 5
+            table = place.place._table
+            table.last["alone"] = replace(table.last["alone"], sequence=5)
         standings.append(run._session.agreed.facts()["site"])
 
     with meeting() as place:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 
 import pytest
@@ -33,6 +33,8 @@ class World:
         self.full_at: float | None = None
         self.seen: Counter = Counter()
         self.lives: Counter = Counter()
+        self.past: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
+        self.went_back: Counter = Counter()
 
     def join(self, site: str) -> int:
         self.lives[site] += 1
@@ -50,21 +52,27 @@ class World:
             elif site in self.waiting:
                 self.draw.choice([self.ask, self.ask, self.give_again, self.start_anew])(site)
             else:
-                self.draw.choice([self.give, self.give, self.start_anew, self.lose_place, self.leave])(site)
+                self.draw.choice([self.give, self.give, self.start_anew, self.go_back, self.lose_place, self.leave])(site)
             self.look()
 
     def give(self, site: str) -> None:
         sequence, base = self.known[site]
-        gift = Gift(site, sequence + 1, base, 1.0 + self.draw.random(), self.life(site))
+        gift = Gift(site, sequence + self.draw.randint(1, 3), sequence, base, 1.0 + self.draw.random(), self.life(site))
         answer = self.table.give(gift)
         self.seen[answer] += 1
         if answer is Answer.LATER:
             # Its last life gave something that is still open; it gives this one when that is over.
             return
-        assert answer in (Answer.TAKEN, Answer.TOO_OLD), answer
+        if answer is Answer.KNOWN:
+            # It went back to an earlier state, and has given it before.
+            assert self.went_back[site]
+            self.known[site] = (gift.sequence, self.table.num_rounds)
+            return
+        assert answer is not Answer.OVERLAPS or self.went_back[site]
+        assert answer in (Answer.TAKEN, Answer.TOO_OLD, Answer.OVERLAPS), answer
         assert (answer is Answer.TOO_OLD) == (base < self.table.num_rounds - self.bound)
         self.waiting[site] = gift
-        if answer is Answer.TOO_OLD:
+        if answer is not Answer.TAKEN:
             self.made[site, gift.sequence] = -1
 
     def give_again(self, site: str) -> None:
@@ -73,8 +81,8 @@ class World:
             self.table.made(site, gift.sequence)
         except KeyError:
             answer = self.table.give(gift)
-            assert answer in (Answer.TAKEN, Answer.TOO_OLD)
-            if answer is Answer.TOO_OLD:
+            assert answer in (Answer.TAKEN, Answer.TOO_OLD, Answer.OVERLAPS)
+            if answer is not Answer.TAKEN:
                 self.made[site, gift.sequence] = -1
             return
         assert self.table.give(gift) is Answer.KNOWN
@@ -91,6 +99,14 @@ class World:
             assert made == self.made[site, gift.sequence]
             del self.waiting[site]
             self.known[site] = (gift.sequence, self.table.num_rounds)
+            self.past[site].append(self.known[site])
+
+    def go_back(self, site: str) -> None:
+        """Start again from an earlier state, and with other steps from one contribution to the next."""
+        if self.past[site]:
+            self.join(site)
+            self.known[site] = self.draw.choice(self.past[site])
+            self.went_back[site] = True
 
     def start_anew(self, site: str) -> None:
         self.waiting.pop(site, None)
@@ -135,7 +151,7 @@ class World:
         self.full_at = None
         assert [g.site for g in gifts] == sorted(before) and len(gifts) >= needed
         for gift in gifts:
-            self.counted[gift.site, gift.sequence] += 1
+            self.counted.update((gift.site, update) for update in range(gift.first + 1, gift.sequence + 1))
             self.made[gift.site, gift.sequence] = self.table.num_rounds
             self.seen["late"] += gift.base < self.table.num_rounds - 1
         self.seen["rounds"] += 1
@@ -152,7 +168,7 @@ def test_each_contribution_counts_once():
             raise AssertionError(f"seed {seed}") from error
         seen += world.seen
     # What is not reached is not tested.
-    for what in (Answer.TAKEN, Answer.LATER, Answer.TOO_OLD, "anew", "left", "lost", "waits", "late", "rounds"):
+    for what in (Answer.TAKEN, Answer.LATER, Answer.TOO_OLD, Answer.OVERLAPS, "anew", "left", "lost", "waits", "late", "rounds"):
         assert seen[what] > 200, (what, seen)
 
 

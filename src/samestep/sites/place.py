@@ -125,6 +125,8 @@ class Place:
                 behind = self._table.num_rounds - gift.base
                 words = f"is {behind} rounds behind" if content.training == self.training else "was in another training"
                 self._tell(f"Site {gift.site!r} {words}; what it learned since counts in none.")
+            if answer is Answer.OVERLAPS:
+                self._tell(f"Part of what site {gift.site!r} learned counts already, so the rest of it counts in none.")
             return answer
 
     def leave(self, site: str, life: str) -> None:
@@ -203,7 +205,7 @@ class Place:
             return
         self.training = training
         self._table.num_rounds = num_rounds
-        self._table.last[site] = Gift(site, sequence, num_rounds, 1.0, life, num_rounds)
+        self._table.last[site] = Gift(site, sequence, sequence, num_rounds, 1.0, life, num_rounds)
         self._tell(
             f"This place has lost what it knew: it goes on from the weights after round {num_rounds}, which site "
             f"{site!r} brought; the outer optimizer begins anew. Keep it on disk: --keep DIR."

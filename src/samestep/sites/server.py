@@ -210,5 +210,5 @@ def _content(frame: Any) -> Content:
         raise ValueError("a contribution is that of some samples")
     training = _name(frame["training"])
     step, base, sequence = _whole(frame["step"], 0), _whole(frame["base"], 0), _whole(frame["sequence"])
-    gift = Gift(_name(frame["site"]), sequence, base, items, _name(frame["life"]))
+    gift = Gift(_name(frame["site"]), sequence, _whole(frame["first"], 0), base, items, _name(frame["life"]))
     return Content(gift, step, training, payload, buffers)

@@ -23,9 +23,6 @@ from samestep.storage import wire
 from samestep.storage.digest import tensors_digest
 
 _NOTHING = torch.empty(0, dtype=torch.uint8)
-_OVERLAPS = "part of it counts already"
-"""Stands for the training of a contribution whose first updates the place knows of, from an earlier life of the run;
-they cannot be told apart from the others, so that it counts in none."""
 _ROLES = ("anchor", "mark")
 
 
@@ -193,7 +190,8 @@ class Site:
         gift = {
             "site": self.name,
             "sequence": standing.given,
-            "training": standing.training if first >= standing.known else _OVERLAPS,
+            "first": first,
+            "training": standing.training,
             "base": standing.round,
             "items": standing.items,
             "step": step,

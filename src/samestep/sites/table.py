@@ -24,6 +24,7 @@ class Gift:
     Attributes:
         site: its name.
         sequence: the site's last update that is in it; a later contribution has a larger number.
+        first: the site's last update before it.
         base: number of rounds that had been made when the site got the weights that it is measured from.
         items: samples that the site learned from.
         life: of its run.
@@ -32,6 +33,7 @@ class Gift:
 
     site: str
     sequence: int
+    first: int
     base: int
     items: float
     life: str
@@ -46,6 +48,8 @@ class Answer(Enum):
     LATER = "later"
     """The site's contribution before is not over: give it again when that is."""
     TOO_OLD = "too old"
+    OVERLAPS = "overlaps"
+    """Some of its updates count already, from an earlier life of the run; they cannot be told apart from the others."""
     OTHER = "other"
     """Another run has joined under this name since."""
 
@@ -125,9 +129,10 @@ class Table:
         if gift.site in self.open:
             # The site was started anew, and does not know of it.
             return Answer.LATER
-        if is_foreign or gift.base < self.num_rounds - self._bound:
+        is_older = is_foreign or gift.base < self.num_rounds - self._bound
+        if is_older or gift.first < self.known(gift.site):
             self.last[gift.site] = replace(gift, made=-1)
-            return Answer.TOO_OLD
+            return Answer.TOO_OLD if is_older else Answer.OVERLAPS
         self.open[gift.site] = gift
         return Answer.TAKEN
 
@@ -181,7 +186,7 @@ class Table:
 
     def to_values(self) -> dict[str, Any]:
         """Return plain values of the rounds that are made; what is open is given again by the sites."""
-        last = [[g.site, g.sequence, g.base, g.items, g.life, g.made] for g in self.last.values()]
+        last = [[g.site, g.sequence, g.first, g.base, g.items, g.life, g.made] for g in self.last.values()]
         return {"rounds": self.num_rounds, "last": last, "ended": sorted(self.ended)}
 
     def load(self, values: dict[str, Any]) -> None:
