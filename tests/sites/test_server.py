@@ -16,15 +16,17 @@ import torch
 from meeting import Meeting, meeting
 
 import samestep
-from samestep.errors import MismatchError, NonFiniteError, PeerError, SettingsError
+from samestep.errors import CheckpointError, MismatchError, NonFiniteError, PeerError, SettingsError
 from samestep.sites import proof
 from samestep.sites import server as server_module
 from samestep.sites import visitor as visitor_module
 from samestep.sites.errand import Errand, Told
+from samestep.sites.place import Place
 from samestep.sites.proof import read_secret
 from samestep.sites.recipe import Sites
+from samestep.sites.terms import check_alike
 from samestep.sites.visitor import Unreachable, Visitor, address_of
-from samestep.storage import wire
+from samestep.storage import checkpoint, wire
 
 SECRET = b"0123456789abcdef"
 EMPTY = torch.empty(0, dtype=torch.uint8)
@@ -50,12 +52,12 @@ class Joined(Errand):
     """A site that has joined."""
 
     def __init__(self, place: Meeting, site: str = "a", **settings):
-        super().__init__(visitor(place), site, terms(**settings), 5.0, lambda: False)
+        super().__init__(visitor(place), site, terms(**settings), 60.0, lambda: False)
         self.told = self.join(start)
 
     def bring(self, **changed) -> Told:
         """Give a contribution."""
-        return self.give(contribution(training=self.told.training) | changed, start, (0, 0))
+        return self.give(contribution(**{"training": self.told.training, **changed}), start, (0, 0))
 
 
 def start() -> dict:
@@ -64,8 +66,8 @@ def start() -> dict:
 
 def contribution(sequence: int = 1, **changed) -> dict:
     payload = wire.bytes_of(torch.ones(2, 3))
-    frame = {"sequence": sequence, "first": sequence - 1, "base": 0, "items": 4.0, "step": 0, "training": "", "buffers": EMPTY}
-    return {**frame, "payload": torch.frombuffer(bytearray(payload), dtype=torch.uint8), **changed}
+    frame = {"sequence": sequence, "first": sequence - 1, "base": 0, "items": 4.0, "step": 0, "training": ""}
+    return {**frame, "buffers": EMPTY, "payload": torch.frombuffer(bytearray(payload), dtype=torch.uint8), **changed}
 
 
 def test_a_contribution_moves_the_weights_once():
@@ -127,6 +129,47 @@ def test_who_came_later_takes_leave_for_its_site():
         assert place.place.missing() == 1
 
 
+def test_who_has_ended_is_not_waited_for_by_a_place_that_is_started_again(tmp_path):
+    """Which no round has written: without it, the last site would wait for ever."""
+    folder = str(tmp_path)
+    with meeting(secret=SECRET, folder=folder) as place:
+        Joined(place, "a", quorum=2)
+        Joined(place, "b", quorum=2).leave(start, (0, 0))
+    with meeting(secret=SECRET, folder=folder) as place:
+        assert place.place.missing() == 1
+        Joined(place, "b", quorum=2)
+        assert place.place.missing() == 2
+    with meeting(secret=SECRET, folder=folder) as place:
+        assert place.place.missing() == 2
+
+
+def test_a_round_that_finds_its_name_taken_on_disk_is_made_all_the_same(tmp_path):
+    """Its site must not end because of the place's folder."""
+    with meeting(secret=SECRET, folder=str(tmp_path)) as place:
+        errand = Joined(place)
+        checkpoint.write(tmp_path, step=1, weights={"0": torch.ones(3)}, state={}, facts={})
+        assert errand.bring().made == 1
+        assert errand.bring(sequence=2, first=1, base=1).made == 2
+        assert any(text.startswith("ROUND 1 IS NOT ON DISK") for text in place.told)
+
+
+def test_a_damaged_state_makes_room_for_its_round(tmp_path):
+    with meeting(secret=SECRET, folder=str(tmp_path)) as place:
+        Joined(place).bring()
+    (tmp_path / "step-00000001" / checkpoint.WEIGHTS).write_bytes(b"torn")
+    with meeting(secret=SECRET, folder=str(tmp_path)) as place:
+        assert "moved to" in place.told[0]
+        assert Joined(place).bring().made == 1
+        assert not any("NOT ON DISK" in text for text in place.told)
+    checkpoint.verify(tmp_path / "step-00000001")
+
+
+def test_the_folder_of_a_run_is_no_place(tmp_path):
+    checkpoint.write(tmp_path, step=1, weights={"0.weight": torch.ones(3)}, state={}, facts={"a": 1})
+    with pytest.raises(CheckpointError, match="is not the state of a meeting place"):
+        Place(str(tmp_path))
+
+
 def test_sites_with_other_settings_are_named_three_differences():
     with meeting(secret=SECRET) as place:
         Joined(place)
@@ -146,6 +189,25 @@ def test_strangers_stay_out():
                 visitor(place, wrong).ask("/leave", {"site": "a"}, 5.0)
         assert place.place.missing() == 1
         assert errand.bring().made == 1
+
+
+def test_of_another_model_its_first_other_tensor_is_named():
+    alike = {**terms(), "weights": [[[2, 3], "float32"]] * 300, "names": [f"layer {n}" for n in range(300)]}
+    other = {**alike, "weights": [*alike["weights"][:-1], [[4, 3], "float32"]]}
+    fewer = {**alike, "weights": alike["weights"][:-1], "names": alike["names"][:-1]}
+    with pytest.raises(MismatchError, match=r"weights\[299\]: \[\[4, 3\], 'float32'\] here, \[\[2, 3\]"):
+        check_alike(other, alike, "a")
+    with pytest.raises(MismatchError, match=r"weights: 299 of them here, 300 at") as caught:
+        check_alike(fewer, alike, "a")
+    assert len(str(caught.value)) < 400
+
+
+def test_a_site_of_a_larger_model_is_refused_before_it_brings_its_weights():
+    with meeting(secret=SECRET) as place:
+        Joined(place)
+        larger = Errand(visitor(place), "b", sized(torch.zeros(1 << 20)), 5.0, lambda: False)
+        with pytest.raises(MismatchError, match="differs from the sites"):
+            larger.give(contribution(), start, (3, 1))
 
 
 LENGTH = re.compile(rb"Content-Length: (\d+)")
@@ -271,6 +333,9 @@ def test_what_was_asked_and_answered_before_is_not_believed_again():
 
 def test_a_link_may_be_slower_than_any_timeout(monkeypatch):
     """Timeouts hold for a piece, both ways."""
+    with meeting(secret=SECRET) as place:
+        # torch imports some of its parts when the first optimizer is made, which may take seconds.
+        Joined(place)
     monkeypatch.setattr(visitor_module, "_PIECE_SECONDS", 1.0)
     monkeypatch.setattr(visitor_module, "_CONNECT_SECONDS", 1.0)
     monkeypatch.setattr(server_module, "_BODY_SECONDS", 1.0)

@@ -52,7 +52,8 @@ class World:
             elif site in self.waiting:
                 self.draw.choice([self.ask, self.ask, self.give_again, self.start_anew])(site)
             else:
-                self.draw.choice([self.give, self.give, self.start_anew, self.go_back, self.lose_place, self.leave])(site)
+                acts = [self.give, self.give, self.start_anew, self.go_back, self.lose_place, self.leave]
+                self.draw.choice(acts)(site)
             self.look()
 
     def give(self, site: str) -> None:
@@ -168,7 +169,8 @@ def test_each_contribution_counts_once():
             raise AssertionError(f"seed {seed}") from error
         seen += world.seen
     # What is not reached is not tested.
-    for what in (Answer.TAKEN, Answer.LATER, Answer.TOO_OLD, Answer.OVERLAPS, "anew", "left", "lost", "waits", "late", "rounds"):
+    answers = (Answer.TAKEN, Answer.LATER, Answer.TOO_OLD, Answer.OVERLAPS)
+    for what in (*answers, "anew", "left", "lost", "waits", "late", "rounds"):
         assert seen[what] > 200, (what, seen)
 
 

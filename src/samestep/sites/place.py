@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from samestep.errors import CheckpointError, MismatchError, StorageError, UsageError
+from samestep.errors import CheckpointError, MismatchError, UsageError
+from samestep.sites import departures
 from samestep.sites.outer_state import Content, OuterState
 from samestep.sites.table import Answer, Gift, Table
 from samestep.sites.terms import check_alike
@@ -79,17 +80,16 @@ class Place:
         """
         with self._changed:
             num_rounds, sequence = known
+            if self.terms is not None:
+                check_alike(terms, self.terms, site)
             if self.terms is None or num_rounds > self._table.num_rounds:
                 if start is None:
                     return None
-                if self.terms is not None:
-                    check_alike(terms, self.terms, site)
                 self._begin(terms, start["weights"], start["buffers"])
                 self._go_on_from(site, life, num_rounds, sequence, start["training"])
                 self._keep()
-            assert self.terms is not None
-            check_alike(terms, self.terms, site)
-            sequence = self._table.join(site, life)
+            with departures.kept(self._folder, self.training, self._table, self._tell):
+                sequence = self._table.join(site, life)
             is_back = num_rounds >= 0
             self._tell(f"Site {site!r} {'is back' if is_back else 'takes part'}; {self._counted()}.")
             self._changed.notify_all()
@@ -112,7 +112,8 @@ class Place:
             self._outer.check(content)
             if gift.site not in self._table.lives:
                 raise UsageError(f"Site {gift.site!r} has not joined since this meeting place was started.")
-            answer = self._table.give(gift, content.training != self.training)
+            with departures.kept(self._folder, self.training, self._table, self._tell):
+                answer = self._table.give(gift, content.training != self.training)
             if answer is Answer.OTHER:
                 raise MismatchError(
                     f"Another run has joined as site {gift.site!r} since, and takes this one's place. If both are to "
@@ -132,7 +133,9 @@ class Place:
     def leave(self, site: str, life: str) -> None:
         """Wait for a site no more: its run has come to its end."""
         with self._changed:
-            self._table_now().leave(site, life)
+            table = self._table_now()
+            with departures.kept(self._folder, self.training, table, self._tell):
+                table.leave(site, life)
             self._tell(f"Site {site!r} has come to its end; {self._counted()}.")
             self._changed.notify_all()
 
@@ -205,6 +208,7 @@ class Place:
             return
         self.training = training
         self._table.num_rounds = num_rounds
+        departures.load(self._folder, self.training, self._table)
         self._table.last[site] = Gift(site, sequence, sequence, num_rounds, 1.0, life, num_rounds)
         self._tell(
             f"This place has lost what it knew: it goes on from the weights after round {num_rounds}, which site "
@@ -253,20 +257,23 @@ class Place:
         try:
             checkpoint.write(folder, step=step, weights=weights, state=tensors, facts=facts)
             checkpoint.keep(folder, _KEPT, trusted=checkpoint.path_of(folder, step))
-        except StorageError as error:
+        except CheckpointError as error:
             self._tell(f"ROUND {step} IS NOT ON DISK: {error}")
 
     def _load(self, folder: str) -> None:
         saved, skipped = checkpoint.load_newest(folder)
-        for one in skipped:
-            self._tell(f"Passed over: {one.reason}")
-        weights = [saved.weights[f"{i}"] for i in range(len(saved.weights))]
         try:
+            weights = [saved.weights[f"{i}"] for i in range(len(saved.weights))]
             facts = saved.facts
             self._begin(facts["terms"], weights, saved.state.get("buffers", torch.empty(0, dtype=torch.uint8)))
             self.training = facts["training"]
             self._table.load(facts["table"])
+            departures.load(self._folder, self.training, self._table)
             self._outer.load(saved.state, facts["outer"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{saved.path} is not the state of a meeting place. Name another folder.") from error
+        for one in skipped:
+            # Its round is made again, and must find room.
+            aside = checkpoint.set_aside(one.path)
+            self._tell(f"Passed over, and moved to {aside}: {one.reason}")
         self._tell(f"Goes on after round {self._table.num_rounds}, from {saved.path}.")

@@ -100,6 +100,7 @@ class Site:
     def shapes(self) -> dict[str, Any]:
         """Return, in the first worker, what of the model must be alike on all sites."""
         weights = [[list(t.shape), wire.name_of(t.dtype)] for baseline in self._baselines for t in baseline.anchor]
+        dtypes = [wire.name_of(view.dtype) for one in self._model.trained for view in one.weights.views]
         model = self._model
         buffers = model.buffers
         segments = [[w.start, w.stop, None if d is None else wire.name_of(d)] for w, d in buffers.segments]
@@ -108,7 +109,8 @@ class Site:
         parameters = [(n, t) for n, t in model.named_tensors() if isinstance(t, torch.nn.Parameter)]
         frozen = [(n, t) for n, t in parameters if id(t) not in trained]
         names = [name for one in model.trained for name in one.weights.names]
-        return {"weights": weights, "names": names, "buffers": kept, "frozen": tensors_digest(frozen)}
+        kinds = {"weights": weights, "dtypes": dtypes, "names": names}
+        return {**kinds, "buffers": kept, "frozen": tensors_digest(frozen)}
 
     def reseat(self) -> None:
         """Find its memory, in the group as it is now. Collective."""

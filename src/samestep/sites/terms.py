@@ -73,6 +73,11 @@ def _differences(mine: Any, theirs: Any, where: str = "") -> Iterator[tuple[str,
     if isinstance(mine, dict) and isinstance(theirs, dict):
         for name in dict.fromkeys([*mine, *theirs]):
             yield from _differences(mine.get(name), theirs.get(name), f"{where}.{name}" if where else name)
+    elif isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs) > 0 and mine != theirs:
+        first = next(i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b)
+        yield f"{where}[{first}]", mine[first], theirs[first]
+    elif isinstance(mine, list) and isinstance(theirs, list) and len(mine) != len(theirs):
+        yield where, f"{len(mine)} of them", f"{len(theirs)}"
     elif mine != theirs:
         yield where, mine, theirs
 
