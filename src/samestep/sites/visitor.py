@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import array
+import contextlib
+import fcntl
 import http.client
 import secrets
+import select
+import socket
+import termios
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +21,7 @@ from samestep.storage import wire
 _CONNECT_SECONDS = 5.0
 _PIECE_SECONDS = 30.0
 """For a piece on its way, and for an answer to begin."""
+_LOOK_SECONDS = 0.05
 _PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0)
 _ERRORS = {409: MismatchError, 422: NonFiniteError}
 
@@ -120,6 +127,7 @@ class Visitor:
             connection.connect()
             connection.sock.settimeout(min(_PIECE_SECONDS, max(seconds, _CONNECT_SECONDS)))
             connection.request("POST", path, self._pieces(body), headers)
+            self._await_sent(connection.sock)
             reply = connection.getresponse()
             content = bytearray()
             while piece := reply.read(proof.PIECE):
@@ -136,10 +144,30 @@ class Visitor:
             self._check()
             yield body[start : start + proof.PIECE]
 
+    def _await_sent(self, connected: socket.socket) -> None:
+        """Wait while what the system holds of a question is on its way: that may be minutes' worth of a slow link."""
+        left, since = _unsent(connected), time.monotonic()
+        while left and not select.select([connected], [], [], _LOOK_SECONDS)[0]:
+            self._check()
+            now = _unsent(connected)
+            if now < left:
+                since = time.monotonic()
+            elif time.monotonic() - since > _PIECE_SECONDS:
+                raise TimeoutError("nothing of the question arrives any more")
+            left = now
+
     def _check(self) -> None:
         """Break off where the run is to end."""
         if self._stops():
             raise OSError("the run is to end")
+
+
+def _unsent(connected: socket.socket) -> int:
+    """Return the bytes that the system still holds of what was sent; 0 where it does not tell."""
+    held = array.array("i", [0])
+    with contextlib.suppress(OSError):
+        fcntl.ioctl(connected, termios.TIOCOUTQ, held)
+    return held[0]
 
 
 def address_of(at: str, least_port: int = 1) -> tuple[str, int]:
