@@ -451,7 +451,68 @@ def test_whatever_comes_in_it_goes_on():
         assert [text for text in place.told if "Site" in text and "'a'" not in text] == []
 
 
+def is_closed(connection: socket.socket) -> bool:
+    """Return whether the other side hangs up, in good time."""
+    connection.settimeout(30.0)
+    try:
+        return connection.recv(1) == b""
+    except ConnectionError:
+        return True
+
+
+def test_strangers_take_some_connections_for_some_time(monkeypatch):
+    """Idle ones are as many as one host may have; no longer than its head may take, byte by byte, either."""
+    monkeypatch.setattr(server_module, "_MOST_OF_ONE", 3)
+    with meeting(secret=SECRET) as place, contextlib.ExitStack() as stack:
+
+        def connected() -> socket.socket:
+            return stack.enter_context(socket.create_connection(("127.0.0.1", place.port)))
+
+        first = [connected() for _ in range(3)]
+        assert is_closed(connected())
+        monkeypatch.setattr(server_module, "_HEAD_SECONDS", 0.5)
+        with pytest.raises(OSError):
+            while True:
+                # Never idle for as long as a timeout.
+                first[0].sendall(b"x")
+                time.sleep(0.05)
+        assert all(map(is_closed, first[1:]))
+        assert Joined(place).bring().made == 1
+
+
+def test_nonces_are_forgotten_with_the_life_that_they_hold_in(monkeypatch):
+    monkeypatch.setattr(server_module, "_MOST_NONCES", 3)
+    with meeting(secret=SECRET) as place:
+        relay = Relay(place.port, THROUGH, THROUGH)
+        assert Visitor("127.0.0.1", relay.port, SECRET).ask("/newest", {}, 5.0)[0] == 410
+        relay.close()
+        known = visitor(place)
+        for _ in range(10):
+            assert known.ask("/newest", {}, 5.0)[0] == 410
+        assert len(place._server._nonces) <= 3
+        assert sent(place.port, relay.asked[1]).startswith(b"HTTP/1.0 403")
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="this machine has no IPv6")
+def test_sites_meet_at_an_ipv6_address():
+    try:
+        server = server_module.Server("::1", 0, Place(None, lambda text: None), SECRET)
+    except SettingsError:
+        pytest.skip("this machine has no IPv6 loopback")
+    with server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        host, port = address_of(f"[::1]:{server.server_address[1]}")
+        errand = Errand(Visitor(host, port, SECRET), "a", terms(), 60.0, lambda: False)
+        errand.join(start)
+        assert errand.give(contribution(training=server.place.training), start, (0, 0)).made == 1
+        server.shutdown()
+        thread.join()
+
+
 def test_who_is_not_there_is_said_to_be():
+    with pytest.raises(Unreachable, match="a..b:80 does not answer"):
+        Visitor("a..b", 80, b"").ask("/leave", {}, 0.3)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     with pytest.raises(Unreachable):
@@ -466,6 +527,8 @@ def test_who_is_not_there_is_said_to_be():
     [
         {"at": "nowhere"},
         {"at": "host:0"},
+        {"at": "::1:80"},
+        {"at": "fe80::1"},
         {"at": "host:99999"},
         {"at": 7077},
         {"name": ""},

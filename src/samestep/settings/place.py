@@ -33,7 +33,8 @@ def keep_place(at: str, secret: str | None, folder: str | None, tell: Callable[[
         signal.signal(number, lambda number, frame: ended.set())
     thread = threading.Thread(target=server.serve_forever, name="samestep meet", daemon=True)
     thread.start()
-    tell(f"Sites meet at {host}:{server.server_address[1]}. Ctrl-C ends it.")
+    shown = f"[{host}]" if ":" in host else host
+    tell(f"Sites meet at {shown}:{server.server_address[1]}. Ctrl-C ends it.")
     # In pieces: a signal is handled between them.
     while not ended.wait(0.5):
         pass

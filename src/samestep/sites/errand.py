@@ -136,8 +136,11 @@ class Errand:
             Unreachable, PeerError: there is no answer.
         """
         status, content = self._ask("/newest", {"site": self._site})
+        if status == 410:
+            # It was started again meanwhile; what was given is given again.
+            raise Unreachable("the meeting place has no weights any more")
         if status != 200:
-            raise PeerError(f"The meeting place has no weights any more ({status}): {content}")
+            raise PeerError(f"The meeting place gives no weights ({status}): {content}")
         newest = _told(content)
         return replace(newest, made=told.made, last=told.last)
 

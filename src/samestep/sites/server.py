@@ -14,10 +14,12 @@ be at most, and hold no code.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import socket
 import threading
-from collections import Counter, OrderedDict
+import time
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -34,14 +36,16 @@ HOLD_SECONDS = 1.0
 """A question is held back for so long; then it is asked again. A Ctrl-C at the site is heard as late as that."""
 _MOST_CONNECTIONS = 256
 _MOST_OF_ONE = 64
-_MOST_NONCES = 1 << 20
+_MOST_NONCES = 1 << 16
+"""Seen ones that are remembered; then another life begins, which wants other proofs."""
 _HEAD_SECONDS = 5.0
+"""For all that comes before the content; strangers may take a connection for so long."""
 _BODY_SECONDS = 30.0
 _MOST_ITEMS = float(1 << 53)
 _MOST_NAME = 100
 _FIRST_BYTES = 1 << 34
 """The longest message before it is known how large the model is."""
-_STATUS = {MismatchError: 409, NonFiniteError: 422, UsageError: 410, CheckpointError: 500, KeyError: 404}
+_STATUS = {MismatchError: 409, NonFiniteError: 422, UsageError: 410, CheckpointError: 500}
 
 
 class Server(ThreadingHTTPServer):
@@ -66,8 +70,9 @@ class Server(ThreadingHTTPServer):
         self.secret = secret
         self.epoch = secrets.token_hex(8)
         self._lock = threading.Lock()
-        self._nonces: OrderedDict[str, None] = OrderedDict()
+        self._nonces: set[str] = set()
         self._connections: Counter[str] = Counter()
+        self._strangers: dict[socket.socket, float] = {}
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), _Handler)
@@ -78,28 +83,54 @@ class Server(ThreadingHTTPServer):
         """Return whether a nonce comes for the first time; from now on it does not."""
         with self._lock:
             is_new = nonce not in self._nonces
-            self._nonces[nonce] = None
+            self._nonces.add(nonce)
             if len(self._nonces) > _MOST_NONCES:
-                self._nonces.popitem(last=False)
+                # None may be forgotten while its proof holds.
+                self._nonces.clear()
+                self.epoch = secrets.token_hex(8)
             return is_new
 
     def process_request(self, request: Any, client_address: Any) -> None:
         host = client_address[0]
         with self._lock:
             has_room = self._connections.total() < _MOST_CONNECTIONS and self._connections[host] < _MOST_OF_ONE
-            self._connections[host] += has_room
-        if has_room:
-            super().process_request(request, client_address)
-        else:
+            if has_room:
+                self._connections[host] += 1
+                self._strangers[request] = time.monotonic()
+        if not has_room:
             self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:
+            # There is no thread for it.
+            self._forget(request, host)
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            with self._lock:
-                self._connections[client_address[0]] -= 1
-                self._connections += Counter()
+            self._forget(request, client_address[0])
+
+    def service_actions(self) -> None:
+        """Hang up on who has not proven anything in time, as who sends a byte now and then. Called now and then."""
+        with self._lock:
+            for request, since in self._strangers.items():
+                if time.monotonic() - since > _HEAD_SECONDS:
+                    with contextlib.suppress(OSError):
+                        request.shutdown(socket.SHUT_RDWR)
+
+    def believe(self, request: socket.socket) -> None:
+        """Let who has proven that it knows the secret take its time."""
+        with self._lock:
+            self._strangers.pop(request, None)
+
+    def _forget(self, request: socket.socket, host: str) -> None:
+        with self._lock:
+            self._strangers.pop(request, None)
+            self._connections[host] -= 1
+            self._connections += Counter()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing: a connection broke, and its site asks again."""
@@ -124,6 +155,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
+        server.believe(self.connection)
         self.connection.settimeout(_BODY_SECONDS)
         length = self.headers.get("Content-Length", "")
         largest = server.place.largest() or _FIRST_BYTES
@@ -163,7 +195,10 @@ class _Handler(BaseHTTPRequestHandler):
                     return 202 if answer is Answer.LATER else 200, wire.pack({"answer": answer.value})
                 case "/outcome":
                     site, sequence, base = _name(frame["site"]), _whole(frame["sequence"]), _whole(frame["base"], 0)
-                    found = self.server.place.outcome(site, sequence, base, HOLD_SECONDS)
+                    try:
+                        found = self.server.place.outcome(site, sequence, base, HOLD_SECONDS)
+                    except KeyError:
+                        return 404, wire.pack({"error": f"Site {site!r} has not given {sequence}."})
                     if found is None:
                         return 202, wire.pack({"missing": self.server.place.missing()})
                     return 200, wire.pack(found)
@@ -175,9 +210,7 @@ class _Handler(BaseHTTPRequestHandler):
             return 404, wire.pack({"error": "There is no such question."})
         except (MismatchError, NonFiniteError, UsageError, CheckpointError) as error:
             return _STATUS[_kind(error)], wire.pack({"error": str(error)})
-        except KeyError as error:
-            return 404, wire.pack({"error": f"Unknown: {error}"})
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
             return 400, wire.pack({"error": f"This is no question of samestep's: {error}"})
 
 

@@ -72,7 +72,7 @@ class Visitor:
                 status, content = self._once(path, body, max(1.0, until - time.monotonic()))
                 self._has_met = True
                 break
-            except (OSError, http.client.HTTPException, Unproven) as error:
+            except (OSError, http.client.HTTPException, UnicodeError, Unproven) as error:
                 if isinstance(error, Unproven) and not self._has_met:
                     raise MismatchError(str(error)) from error
                 pause = next(pauses, _PAUSES[-1])
@@ -183,4 +183,6 @@ def address_of(at: str, least_port: int = 1) -> tuple[str, int]:
     host, _, port = at.rpartition(":") if isinstance(at, str) else ("", "", "")
     if not host or not port.isascii() or not port.isdigit() or not least_port <= int(port) < 65536:
         raise SettingsError(f"You named {at!r} as the meeting place; it has the form host:port, as 10.0.0.1:7077.")
-    return host.strip("[]"), int(port)
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise SettingsError(f"You named {at!r} as the meeting place; put an IPv6 address in brackets: [::1]:7077.")
+    return host.removeprefix("[").removesuffix("]"), int(port)
