@@ -451,6 +451,16 @@ def test_whatever_comes_in_it_goes_on():
         assert [text for text in place.told if "Site" in text and "'a'" not in text] == []
 
 
+def test_a_place_that_says_nothing_does_not_keep_a_run_from_its_end():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        asked: list[int] = []
+        unheard = Visitor("127.0.0.1", silent.getsockname()[1], b"", lambda: asked.append(1) or len(asked) > 3)
+        begin = time.monotonic()
+        with pytest.raises(Unreachable, match="the run is to end"):
+            unheard.ask("/leave", {}, 600.0)
+        assert time.monotonic() - begin < visitor_module._PIECE_SECONDS / 2
+
+
 def is_closed(connection: socket.socket) -> bool:
     """Return whether the other side hangs up, in good time."""
     connection.settimeout(30.0)

@@ -45,7 +45,7 @@ _MOST_ITEMS = float(1 << 53)
 _MOST_NAME = 100
 _FIRST_BYTES = 1 << 34
 """The longest message before it is known how large the model is."""
-_STATUS = {MismatchError: 409, NonFiniteError: 422, UsageError: 410, CheckpointError: 500}
+_STATUS: dict[type[Exception], int] = {MismatchError: 409, NonFiniteError: 422, UsageError: 410, CheckpointError: 500}
 
 
 class Server(ThreadingHTTPServer):

@@ -125,9 +125,10 @@ class Visitor:
         connection = http.client.HTTPConnection(self._host, self._port, timeout=min(_CONNECT_SECONDS, seconds))
         try:
             connection.connect()
-            connection.sock.settimeout(min(_PIECE_SECONDS, max(seconds, _CONNECT_SECONDS)))
+            limit = min(_PIECE_SECONDS, max(seconds, _CONNECT_SECONDS))
+            connection.sock.settimeout(limit)
             connection.request("POST", path, self._pieces(body), headers)
-            self._await_sent(connection.sock)
+            self._await_answer(connection.sock, limit)
             reply = connection.getresponse()
             content = bytearray()
             while piece := reply.read(proof.PIECE):
@@ -144,16 +145,16 @@ class Visitor:
             self._check()
             yield body[start : start + proof.PIECE]
 
-    def _await_sent(self, connected: socket.socket) -> None:
-        """Wait while what the system holds of a question is on its way: that may be minutes' worth of a slow link."""
+    def _await_answer(self, connected: socket.socket, seconds: float) -> None:
+        """Wait for some seconds, and while what the system holds of the question moves: a slow link needs minutes."""
         left, since = _unsent(connected), time.monotonic()
-        while left and not select.select([connected], [], [], _LOOK_SECONDS)[0]:
+        while not select.select([connected], [], [], _LOOK_SECONDS)[0]:
             self._check()
             now = _unsent(connected)
             if now < left:
                 since = time.monotonic()
-            elif time.monotonic() - since > _PIECE_SECONDS:
-                raise TimeoutError("nothing of the question arrives any more")
+            elif time.monotonic() - since > seconds:
+                raise TimeoutError("no answer comes")
             left = now
 
     def _check(self) -> None:
