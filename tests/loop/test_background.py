@@ -140,6 +140,7 @@ def test_they_hold_the_same_bytes_and_resumed_is_never_stopped(tmp_path, writer,
         assert filecmp.cmpfiles(ours, theirs, names, shallow=False)[0] == names
         resumed, _ = train(Keeping(resume=str(ours)), workers=3 - workers)
         assert [resumed[name] for name in DIGESTS] == [calm[name] for name in DIGESTS] == [facts[n] for n in DIGESTS]
+        assert resumed["samples"] == calm["samples"], "what was read before it was resumed counts too"
 
 
 def test_training_does_not_wait_for_a_slow_writer(tmp_path, writer):

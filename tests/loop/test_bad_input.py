@@ -532,6 +532,17 @@ def test_control_flow_that_differs():
         message = refused(MismatchError, ["different calls"], main, workers=(2, 3))
         assert len(set(re.findall(r"\w+\.py:\d+", message))) == 2, message
 
+    def leaves(run):
+        model, _ = made(run)
+        for step in run.steps(vectors(), batch_size=19, steps=3):
+            for batch in step:
+                step.backward(classes_loss(model, batch))
+            step.update()
+            if run.worker.rank == 1:
+                break
+
+    refused(MismatchError, ["different calls", "the end of main", r"step.update \(.+\.py:"], leaves, workers=(2, 3))
+
 
 def test_a_call_without_a_line_of_the_script_is_named_alone():
     assert calls._with_line("the end of main", "") == "the end of main"

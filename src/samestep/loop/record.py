@@ -118,7 +118,6 @@ def combined(parts: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "seconds": {phase: sum(p["seconds"][phase] for p in parts) / len(parts) for phase in PHASES},
         "peak_memory_bytes": peak,
-        "samples": first["samples"],
         # Who joined late knows of late moves only.
         "moves": max((p["moves"] for p in parts), key=len),
         "samples_per_second": speed,

@@ -34,6 +34,8 @@ from samestep.storage import wire
 from samestep.storage.digest import joined_digest, state_digest, tensors_digest
 from samestep.storage.ledger import Ledger
 
+_END = "the end of main"
+
 
 class TraceEnded(Halted):
     """The steps asked for by `verify` are done."""
@@ -231,6 +233,8 @@ class Session:
         """Return the facts of the summary; on the first worker all of them. Collective."""
         if self.model is None:
             raise UsageError("main ended without run.replicate(...): nothing was trained.")
+        # First of all: a worker may be here while others are still at their steps.
+        self.calls.meet(_END, "")
         # The steps may have been left by `break`.
         self.pending.settle()
         self.replay.reach("finish")
@@ -243,7 +247,7 @@ class Session:
         weights = tensors_digest(self.model.named_tensors())
         states = [trained.update.full_state() for trained in self.model.trained]
         mine = {**self.record.facts(), **self.crew.facts(), "weights": weights}
-        met = self.calls.meet("the end of main", "", mine)
+        met = self.calls.meet(_END, "", mine)
         parts = [value for value, _ in met]
         for rank, part in enumerate(parts):
             if part["weights"] != parts[0]["weights"]:
@@ -276,6 +280,7 @@ class Session:
             **self.agreed.facts(),
             **(self.audits.facts() if self.audits is not None else {}),
             **combined(parts),
+            "samples": sum(p.read.num_samples for p in proofs),
         }
 
 
