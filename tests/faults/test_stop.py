@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -160,7 +161,10 @@ def test_a_script_that_swallows_everything_is_stopped_all_the_same(steered):
 
 def test_an_interrupt_while_everything_is_imported_shows_no_traceback(steered):
     run = steered()
-    time.sleep(0.8)
+    maps, deadline = Path(f"/proc/{run.process.pid}/maps"), time.monotonic() + 60
+    while "libtorch" not in maps.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     run.process.send_signal(signal.SIGINT)
     code, lines = ended_within(run, 5)
     assert code == 130

@@ -548,6 +548,7 @@ def test_who_is_not_there_is_said_to_be():
         {"bound": -1},
         {"patience": 0},
         {"patience": float("inf")},
+        {"reach": 0},
         {"outer": 3},
         {"codec": "int8"},
         {"back": "int8"},

@@ -72,7 +72,7 @@ def test_a_site_without_others_is_as_one_that_never_met_any():
             # It knows nothing any more; the site, which has given what was not answered, brings its weights.
             places.append(Meeting(port=places[0].port))
 
-    way = samestep.Sites(places[0].at, "alone", every=2, quorum=1, patience=0.2)
+    way = samestep.Sites(places[0].at, "alone", every=2, quorum=1, reach=0.2)
     try:
         weights, _ = play(train(way, rows(), ROWS, after=after), 1, 1).result
     finally:
@@ -130,7 +130,7 @@ def test_who_is_late_counts_in_a_later_round(fleet, tmp_path):
     file = tmp_path / "go on"
     # Site 1 comes to its first contribution when two rounds are made without it.
     tricks = {"1": {"waits": [[2, str(file)]], "steps": 8}}
-    settings = {**SETTINGS, "quorum": 1, "patience": 0.2}
+    settings = {**SETTINGS, "quorum": 1, "patience": 0.2, "reach": 0.2}
     with meeting(when={"Round 2": file.touch}) as place:
         first, second = fleet.play(visit, "bare", 2, settings={**settings, "at": place.at}, tricks=tricks)
     assert told_of_rounds(place)[:2] == ["site 0.", "site 0."]
@@ -144,7 +144,7 @@ def test_who_is_late_counts_in_a_later_round(fleet, tmp_path):
 def test_who_is_too_late_starts_again_from_what_the_others_have(fleet, tmp_path):
     file = tmp_path / "go on"
     tricks = {"1": {"waits": [[2, str(file)]], "steps": 4}}
-    settings = {**SETTINGS, "quorum": 1, "patience": 0.2, "bound": 1}
+    settings = {**SETTINGS, "quorum": 1, "patience": 0.2, "reach": 0.2, "bound": 1}
     with meeting(when={"Round 3": file.touch}) as place:
         first, second = fleet.play(visit, "bare", 2, settings={**settings, "at": place.at}, tricks=tricks)
     assert told_of_rounds(place) == ["site 0."] * 3
@@ -160,7 +160,7 @@ def test_who_is_too_late_starts_again_from_what_the_others_have(fleet, tmp_path)
 
 
 def test_who_is_lost_is_waited_for_once(fleet):
-    settings = {**SETTINGS, "quorum": 1, "patience": 0.2}
+    settings = {**SETTINGS, "quorum": 1, "patience": 0.2, "reach": 0.2}
     with meeting() as place:
         told = fleet.outcomes(visit, "bare", 2, settings={**settings, "at": place.at}, tricks={"1": {"dies": 5}})
     assert told[1]["exit"] == 9
@@ -220,7 +220,7 @@ def test_sites_go_on_alone_while_there_is_no_place(fleet, tmp_path):
     waits = [[5, str(gone)], [10, str(back)]]
     tricks = {str(n): {"waits": waits, "makes": [9, str(tmp_path / f"alone {n}")], "steps": 10} for n in (0, 1)}
     try:
-        settings = {**SETTINGS, "patience": 0.3, "at": places[0].at}
+        settings = {**SETTINGS, "patience": 0.3, "reach": 0.3, "at": places[0].at}
         sites = fleet.play(visit, "bare", 2, settings=settings, tricks=tricks)
     finally:
         places[0].await_helpers()

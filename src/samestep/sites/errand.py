@@ -52,20 +52,20 @@ class Told:
 class Errand:
     """One site's dialogue with the place; a Ctrl-C is heard while it waits."""
 
-    def __init__(self, visitor: Visitor, site: str, terms: dict[str, Any], patience: float, stops: Callable[[], bool]):
+    def __init__(self, visitor: Visitor, site: str, terms: dict[str, Any], reach: float, stops: Callable[[], bool]):
         """Ask nothing yet.
 
         Args:
             visitor: the way.
             site: its name.
             terms: what it has set, and its shapes and dtypes.
-            patience: seconds for which it is tried to reach the place.
+            reach: seconds for which it is tried to reach the place.
             stops: whether the run is to end.
         """
         self._visitor = visitor
         self._site = site
         self._terms = terms
-        self._patience = patience
+        self._reach = reach
         self._stops = stops
         self._is_lost = False
         self._has_joined = False
@@ -167,7 +167,7 @@ class Errand:
             self._ask("/leave", {"site": self._site})
 
     def _ask(self, path: str, frame: dict[str, Any]) -> tuple[int, Any]:
-        seconds = min(self._patience, _AGAIN_SECONDS) if self._is_lost else self._patience
+        seconds = min(self._reach, _AGAIN_SECONDS) if self._is_lost else self._reach
         self._is_lost = True
         answer = self._visitor.ask(path, {**frame, "site": self._site, "life": self._life}, seconds)
         self._is_lost = False

@@ -54,9 +54,9 @@ class Sites(Agreement):
         codec: how that is compressed on its way, with error feedback where it leaves something out.
         back: how what a round changes is compressed on its way back, likewise; whole weights come back by default.
         quorum: sites that a round needs.
-        patience: seconds for which a round waits for further sites after that; and for which a site tries to reach the
-            place before it goes on alone.
+        patience: seconds for which a round waits for further sites after that.
         bound: rounds that the weights may be old from which a late contribution is measured; older ones do not count.
+        reach: seconds for which this site tries to reach the place before it goes on alone.
         secret: file with the secret that the place knows too; not needed on one machine.
         inner: how the replicas of one site agree at every step.
     """
@@ -70,6 +70,7 @@ class Sites(Agreement):
     quorum: int = 2
     patience: float = 60.0
     bound: int = 8
+    reach: float = field(default=60.0, repr=False)
     secret: str | None = field(default=None, repr=False)
     inner: Synchronous = field(default_factory=Synchronous)
 
@@ -81,9 +82,10 @@ class Sites(Agreement):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise SettingsError(f"You set Sites({name}={value!r}); it must be a whole number, {least} or more.")
-        patience = self.patience
-        if not isinstance(patience, int | float) or not math.isfinite(patience) or patience <= 0:
-            raise SettingsError(f"You set Sites(patience={patience!r}); it must be a number of seconds above 0.")
+        for name in ("patience", "reach"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+                raise SettingsError(f"You set Sites({name}={value!r}); it must be a number of seconds above 0.")
         if not isinstance(self.outer, Outer):
             raise SettingsError(f"You set Sites(outer={self.outer!r}); use Average(), Nesterov(lr=0.7), or alike.")
         for name in ("codec", "back"):
@@ -124,7 +126,7 @@ class LiveSites(LiveSynchronous):
         host, port = address_of(recipe.at)
         visitor = Visitor(host, port, read_secret(recipe.secret, host), self._stops)
         terms = {"settings": recipe.settings(), **self._site.shapes()}
-        self._errand = Errand(visitor, recipe.name, terms, recipe.patience, self._stops)
+        self._errand = Errand(visitor, recipe.name, terms, recipe.reach, self._stops)
 
     @property
     def within(self) -> Synchronous:
