@@ -82,6 +82,8 @@ def _lasting(text: TextIO, stream: int) -> TextIO:
     """Return a text stream to descriptor `stream`, of the same kind as `text`, whose lines leave at once."""
     if not isinstance(text, io.TextIOWrapper):
         return text
+    # A library that was imported before may hold it.
+    text.reconfigure(line_buffering=True)
     raw = _Outlived(stream, "w", closefd=False)
     # Under `python -u` there is no buffer.
     buffer: Any = raw if text.write_through else io.BufferedWriter(raw)

@@ -21,7 +21,7 @@ from samestep.storage import wire
 _CONNECT_SECONDS = 5.0
 _PIECE_SECONDS = 30.0
 """For a piece on its way, and for an answer to begin."""
-_LOOK_SECONDS = 0.05
+_LOOK_MILLISECONDS = 50
 _PAUSES = (0.1, 0.2, 0.5, 1.0, 2.0)
 _ERRORS = {409: MismatchError, 422: NonFiniteError}
 
@@ -148,7 +148,10 @@ class Visitor:
     def _await_answer(self, connected: socket.socket, seconds: float) -> None:
         """Wait for some seconds, and while what the system holds of the question moves: a slow link needs minutes."""
         left, since = _unsent(connected), time.monotonic()
-        while not select.select([connected], [], [], _LOOK_SECONDS)[0]:
+        # Not `select`, which takes no descriptor above 1023.
+        answer = select.poll()
+        answer.register(connected, select.POLLIN)
+        while not answer.poll(_LOOK_MILLISECONDS):
             self._check()
             now = _unsent(connected)
             if now < left:
