@@ -199,8 +199,13 @@ def test_without_a_flip_every_update_is_verified(tmp_path):
 
 def test_the_cost_decides_when_the_next_is_due(monkeypatch):
     _, integrity, calls = made()
+    assert integrity.is_due, "what one costs is not known yet"
+    integrity.verify(calls, "test", "now")
+    integrity.updated(False)
+    assert integrity.is_due and not integrity.is_watching, "there was none before"
     monkeypatch.setattr(integrity_module, "_SHARE", 1e9)
-    assert integrity.is_due
+    integrity.watch()
+    assert not integrity.is_due, "the one on its way is to be paid first"
     integrity.verify(calls, "test", "now")
     integrity.updated(False)
     assert not integrity.is_due and not integrity.is_watching

@@ -104,7 +104,9 @@ class Integrity:
     @property
     def is_due(self) -> bool:
         """Whether, by this worker's clock, the update after the next may be verified."""
-        return self._is_on and time.perf_counter() >= self._due
+        # One that is on its way is not charged yet.
+        due = self._due + (self._price() if self.is_watching else 0.0)
+        return self._is_on and time.perf_counter() >= due
 
     def publish(self, index: int) -> list[list[int]] | None:
         """Return the folds of this worker's gradient sums: for each node, one per owner; None if nobody will compare.
@@ -270,11 +272,16 @@ class Integrity:
         self._spent += time.thread_time() - begin
 
     def _charge(self) -> None:
-        """Set when the next update may be verified, by what one has cost of late; one slow time does not count."""
+        """Set when the next update may be verified, by what one has cost of late."""
         self.seconds += self._spent
         self._costs.append(self._spent)
         self._spent = 0.0
-        self._due = time.perf_counter() + _SHARE * statistics.median(self._costs)
+        # What was not used for long is not saved up.
+        self._due = max(self._due, time.perf_counter() - self._price()) + self._price()
+
+    def _price(self) -> float:
+        """Return the seconds that are to lie between two updates that are verified; 0 while it is not known."""
+        return _SHARE * statistics.fmean(self._costs) if self._costs else 0.0
 
 
 class _Memory:
