@@ -75,8 +75,11 @@ def outcome_of(request: dict, worker: Worker, meeting: str, handles: Handles | N
     if group is not None:
         group.close()
     gc.collect()
-    # The group itself still exists: closing it must be enough.
-    return outcome | {"left": sorted(held() - before)}
+    # The group itself still exists: closing it must be enough. A joined thread may be listed for a moment.
+    deadline = time.monotonic() + 10
+    while (left := held() - before) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return outcome | {"left": sorted(left)}
 
 
 def module_of(file: str) -> ModuleType:
