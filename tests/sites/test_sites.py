@@ -25,6 +25,7 @@ from playing import play
 import samestep
 from samestep.core.calls import Calls
 from samestep.core.worker import Wish
+from samestep.errors import MismatchError
 from samestep.sites import outer_state
 
 SETTINGS = {"every": 4, "patience": 30.0}
@@ -260,3 +261,24 @@ def test_a_site_of_any_number_of_workers_is_the_same(fleet):
                 told += fleet.play(play_alone, kind, size, at=place.at)
         assert told_of_rounds(place) == ["alone."] * 3
     assert set(told) == {told[0]}
+
+
+def test_sites_with_other_dtypes_are_refused():
+    """Their contributions look alike: what crosses is measured in float32."""
+
+    def of(name: str, dtype: torch.dtype):
+        def main(run: samestep.Run) -> None:
+            model = torch.nn.Linear(3, 1).to(dtype)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+            run.replicate(model, optimizer, agree=samestep.Sites(place.at, name, every=2, quorum=1))
+            for step in run.steps(rows(), batch_size=ROWS, steps=4):
+                for a, b in step:
+                    step.backward((model(a.to(dtype)) - b.to(dtype)).float().square().mean())
+                step.update()
+
+        return main
+
+    with meeting() as place:
+        play(of("a", torch.float32), 1, 1)
+        with pytest.raises(MismatchError, match="bfloat16"):
+            play(of("b", torch.bfloat16), 1, 1)
